@@ -1,0 +1,107 @@
+"""The inputs of one attention call, and nothing about who asks or who answers."""
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dittools.errors import UnsupportedCall
+from dittools.grid import TokenGrid
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One self- or joint-attention call.
+
+    Attributes:
+        query: [B, S, H, D], after QK-norm and RoPE.
+        key: [B, S_k, H, D]; S_k is S, or more when pooled or extra keys follow the sequence's own.
+        value: [B, S_k, H, D].
+        grid: geometry of the sequence; grid.total == S.
+        layer: index of the site in execution order.
+        step: denoising step, from 0.
+        steps: steps of the whole run, 0 when unknown.
+        branch: "cond", "uncond", "" when not told apart.
+        scale: factor on the scores; None means D ** -0.5.
+        key_mask: bool [B, S_k], False drops a key (padded prompt tokens); None keeps all.
+        key_bias: float [B or 1, H or 1, S_k] added to the scaled scores, in natural-log units.
+        memory: state that lives across steps for this (site, branch, call ordinal).
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    grid: TokenGrid
+    layer: int = 0
+    step: int = 0
+    steps: int = 0
+    branch: str = ""
+    scale: float | None = None
+    key_mask: torch.Tensor | None = None
+    key_bias: torch.Tensor | None = None
+    memory: MutableMapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check shapes, dtypes and devices once, where the call is made."""
+        q, k, v = self.query, self.key, self.value
+        if q.dim() != 4 or k.dim() != 4 or v.shape != k.shape:
+            raise UnsupportedCall(
+                "query, key and value do not fit together",
+                expected="[B, S, H, D] each, key and value alike",
+                got=f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}",
+            )
+        if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
+            raise UnsupportedCall(
+                "query and key differ in batch, heads or head_dim",
+                expected=str(tuple(q.shape)),
+                got=str(tuple(k.shape)),
+                remedy="repeat grouped key/value heads before the call",
+            )
+        if not (q.dtype == k.dtype == v.dtype) or not (q.device == k.device == v.device):
+            raise UnsupportedCall(
+                "query, key and value differ in dtype or device",
+                expected=f"{q.dtype} on {q.device}",
+                got=f"{k.dtype} on {k.device}, {v.dtype} on {v.device}",
+            )
+        if q.shape[1] != self.grid.total or k.shape[1] < self.grid.total:
+            raise UnsupportedCall(
+                "the sequence is not as long as its grid",
+                expected=f"{self.grid.total} tokens for {self.grid}",
+                got=f"{q.shape[1]} queries, {k.shape[1]} keys",
+            )
+
+    @property
+    def head_count(self) -> int:
+        """Number of heads."""
+        return int(self.query.shape[2])
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on the scores, resolved."""
+        return float(self.query.shape[-1]) ** -0.5 if self.scale is None else self.scale
+
+    def heads(self, index: Sequence[int]) -> "AttentionCall":
+        """Return the sub-call of some heads, in the given order; the memory is shared."""
+        if list(index) == list(range(self.head_count)):
+            return self
+        where = torch.as_tensor(list(index), device=self.query.device)
+        bias = self.key_bias
+        if bias is not None and bias.shape[1] > 1:
+            bias = bias.index_select(1, where)
+        return replace(
+            self,
+            query=self.query.index_select(2, where),
+            key=self.key.index_select(2, where),
+            value=self.value.index_select(2, where),
+            key_bias=bias,
+        )
+
+    def additive_mask(self) -> torch.Tensor | None:
+        """Fold key_mask and key_bias into one float [B or 1, H or 1, S_k], None when neither is set."""
+        bias = None if self.key_bias is None else self.key_bias.float()
+        if self.key_mask is not None:
+            dropped = torch.zeros(self.key_mask.shape, device=self.query.device)
+            dropped = dropped.masked_fill(~self.key_mask, float("-inf"))[:, None]
+            bias = dropped if bias is None else bias + dropped
+        return bias

@@ -1,0 +1,133 @@
+"""Masks that factor over the axes of a grid, cut into tiles of frames x height x width tokens."""
+
+from functools import lru_cache
+from itertools import product
+
+import torch
+
+from dittools.grid import TokenGrid
+from dittools.mask import BlockMask, pack_bits
+from dittools.order import TokenOrder
+
+
+@lru_cache(maxsize=64)
+def tile_shape(grid: TokenGrid, block_size: int) -> tuple[int, int, int]:
+    """Choose the tile of exactly block_size tokens that pads the grid least, then the most cubic.
+
+    Cubic tiles touch the fewest neighbours; padding costs in every row, so it is weighed first.
+    """
+    sides = [d for d in range(1, block_size + 1) if block_size % d == 0]
+
+    def cost(tile: tuple[int, int, int]) -> tuple[float, int]:
+        padded = 1.0
+        for side, edge in zip(grid.shape, tile, strict=True):
+            padded *= -(-side // edge) * edge
+        return round(padded / grid.tokens, 3), sum(tile)
+
+    shapes = [
+        (f, h, block_size // (f * h)) for f, h in product(sides, sides) if block_size % (f * h) == 0
+    ]
+    return min(shapes, key=cost)
+
+
+def separable_mask(
+    grid: TokenGrid, axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tile: tuple[int, int, int]
+) -> BlockMask:
+    """Keep a pair iff every axis keeps it; exact to the token, built from per-axis patterns.
+
+    Text attends to and is attended by everything. The cost is the sum over axes of squared axis
+    lengths plus one lookup per pair of tiles; nothing of size tokens x tokens is built.
+
+    Args:
+        grid: geometry of the sequence.
+        axes: bool [L, L] for frames, height, width; row = query position, column = key position.
+        tile: tokens of one block along each axis.
+    """
+    order = TokenOrder.tiles(grid, tile)
+    size = tile[0] * tile[1] * tile[2]
+    parts = [_axis_patterns(axis, edge) for axis, edge in zip(axes, tile, strict=True)]
+    code = _combine([ids for ids, _ in parts], [len(patterns) for _, patterns in parts])
+    table = [patterns for _, patterns in parts]
+    some = _combine_flags([p.flatten(1).any(1)[ids] for ids, p in parts])
+    every = _combine_flags([p.flatten(1).all(1)[ids] for ids, p in parts])
+
+    grid_blocks, blocks = len(code), order.slots // size
+    keep = torch.ones((blocks, blocks), dtype=torch.bool)
+    keep[:grid_blocks, :grid_blocks] = some
+    index = torch.full((blocks, blocks), -1, dtype=torch.int32)
+    partial = some & ~every
+    present = torch.zeros(len(table[0]) * len(table[1]) * len(table[2]), dtype=torch.bool)
+    present[code[partial]] = True
+    codes = present.nonzero().flatten()
+    number = torch.full((len(present),), -1, dtype=torch.int32)
+    number[codes] = torch.arange(len(codes), dtype=torch.int32)
+    index[:grid_blocks, :grid_blocks][partial] = number[code[partial]]
+    bits = [pack_bits(_outer(codes, table))]
+    bits.append(_cut_padding(order, size, grid_blocks, index, start=len(codes)))
+    tiles = torch.cat(bits)
+    return BlockMask(
+        keep[None],
+        size,
+        tile_index=index[None] if len(tiles) else None,
+        tiles=tiles if len(tiles) else None,
+        order=order,
+        q_tokens=grid.total,
+        kv_tokens=grid.total,
+    )
+
+
+def _axis_patterns(axis: torch.Tensor, edge: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids int64 [n, n] of each tile pair's pattern and the patterns bool [u, edge, edge]."""
+    length = axis.shape[0]
+    count = -(-length // edge)
+    padded = axis.new_zeros((count * edge, count * edge))
+    padded[:length, :length] = axis
+    pairs = padded.view(count, edge, count, edge).transpose(1, 2).reshape(count * count, -1)
+    patterns, ids = torch.unique(pairs, dim=0, return_inverse=True)
+    return ids.view(count, count), patterns.view(-1, edge, edge)
+
+
+def _combine(ids: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
+    f, h, w = ids
+    code = (f[:, None, None, :, None, None] * sizes[1] + h[None, :, None, None, :, None]) * sizes[2]
+    code = code + w[None, None, :, None, None, :]
+    blocks = len(f) * len(h) * len(w)
+    return code.reshape(blocks, blocks)
+
+
+def _combine_flags(flags: list[torch.Tensor]) -> torch.Tensor:
+    f, h, w = flags
+    both = f[:, None, None, :, None, None] & h[None, :, None, None, :, None]
+    both = both & w[None, None, :, None, None, :]
+    blocks = len(f) * len(h) * len(w)
+    return both.reshape(blocks, blocks)
+
+
+def _outer(codes: torch.Tensor, table: list[torch.Tensor]) -> torch.Tensor:
+    """Return bool [n, size, size]: the token pattern of each combined code."""
+    f = table[0][codes // (len(table[1]) * len(table[2]))]
+    h = table[1][codes // len(table[2]) % len(table[1])]
+    w = table[2][codes % len(table[2])]
+    bits = f[:, :, None, None, :, None, None] & h[:, None, :, None, None, :, None]
+    bits = bits & w[:, None, None, :, None, None, :]
+    size = f.shape[1] * h.shape[1] * w.shape[1]
+    return bits.reshape(len(codes), size, size)
+
+
+def _cut_padding(
+    order: TokenOrder, size: int, grid_blocks: int, index: torch.Tensor, start: int
+) -> torch.Tensor:
+    """Give every block pair with text the bit tile that leaves padding slots out; return the tiles."""
+    valid = (order.index[0] >= 0).view(-1, size)
+    blocks = len(valid)
+    if blocks == grid_blocks or bool(valid.all()):
+        return torch.zeros((0, size, -(-size // 8)), dtype=torch.uint8)
+    kinds, kind = torch.unique(valid, dim=0, return_inverse=True)
+    whole = kinds.all(1)
+    pair = kind[:, None] * len(kinds) + kind
+    with_text = torch.ones((blocks, blocks), dtype=torch.bool)
+    with_text[:grid_blocks, :grid_blocks] = False
+    cut = with_text & ~(whole[kind][:, None] & whole[kind])
+    index[cut] = (start + pair[cut]).int()
+    both = kinds[:, None, :, None] & kinds[None, :, None, :]
+    return pack_bits(both.reshape(-1, size, size))
