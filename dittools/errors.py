@@ -4,7 +4,9 @@
 class DitToolsError(ValueError):
     """Base of every error dittools raises on purpose; its text is one readable line."""
 
-    def __init__(self, problem: str, *, expected: str = "", got: str = "", remedy: str = "") -> None:
+    def __init__(
+        self, problem: str, *, expected: str = "", got: str = "", remedy: str = ""
+    ) -> None:
         """Join the four parts into one line; empty parts are left out."""
         self.problem, self.expected, self.got, self.remedy = problem, expected, got, remedy
         parts = [problem]

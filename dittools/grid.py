@@ -40,7 +40,13 @@ class TokenGrid:
 
     def __post_init__(self) -> None:
         """Refuse empty grids and negative text lengths."""
-        for name, least in (("frames", 1), ("height", 1), ("width", 1), ("text_before", 0), ("text_after", 0)):
+        for name, least in (
+            ("frames", 1),
+            ("height", 1),
+            ("width", 1),
+            ("text_before", 0),
+            ("text_after", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(

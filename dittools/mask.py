@@ -16,7 +16,7 @@ class BlockLists(NamedTuple):
     """The kept blocks as one compressed row per (head, query block): full blocks first, then cut.
 
     Attributes:
-        indptr: int32 [rows + 1]; rows = heads * q_blocks, entries of row r are indptr[r]:indptr[r+1].
+        indptr: int32 [rows + 1]; rows = heads * q_blocks; row r is indptr[r]:indptr[r + 1].
         full_end: int32 [rows]; entries indptr[r]:full_end[r] are whole blocks.
         block: int32 [entries]; key block of each entry, ascending within each of the two parts.
         tile: int32 [entries]; row of `BlockMask.tiles`, -1 for whole blocks.
@@ -162,7 +162,9 @@ class BlockMask:
         return replace(
             self,
             keep=self.keep if shared else self.keep[index],
-            tile_index=self.tile_index if shared or self.tile_index is None else self.tile_index[index],
+            tile_index=self.tile_index
+            if shared or self.tile_index is None
+            else self.tile_index[index],
             order=order,
             _cache={},
         )
@@ -177,7 +179,10 @@ class BlockMask:
             tile_index=None if self.tile_index is None else self.tile_index.to(device),
             tiles=None if self.tiles is None else self.tiles.to(device),
             order=None if self.order is None else self.order.to(device),
-            _cache={name: BlockLists(*(t.to(device) for t in lists)) for name, lists in self._cache.items()},
+            _cache={
+                name: BlockLists(*(t.to(device) for t in lists))
+                for name, lists in self._cache.items()
+            },
         )
 
     def rows(self, head: int, q_block: int) -> torch.Tensor:
@@ -191,7 +196,7 @@ class BlockMask:
         return row
 
     def to_dense(self) -> torch.Tensor:
-        """Return bool [H or 1, q_tokens, kv_tokens] in the sequence's own order. N x N: small N only."""
+        """Return bool [H or 1, q_tokens, kv_tokens] in the sequence's own order; for small N."""
         heads, q_blocks, _ = self.keep.shape
         rows = [torch.cat([self.rows(h, q) for q in range(q_blocks)]) for h in range(heads)]
         dense = torch.stack(rows)
@@ -208,7 +213,7 @@ class BlockMask:
         return out
 
     def to_flex(self) -> "torch.nn.attention.flex_attention.BlockMask":
-        """Return the same mask for FlexAttention, in slot space (apply `order` to the tensors first)."""
+        """Return the same mask for FlexAttention, in slot space (apply `order` to tensors first)."""
         from dittools.flex_mask import flex_block_mask
 
         return flex_block_mask(self)

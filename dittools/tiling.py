@@ -31,7 +31,9 @@ def tile_shape(grid: TokenGrid, block_size: int) -> tuple[int, int, int]:
 
 
 def separable_mask(
-    grid: TokenGrid, axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tile: tuple[int, int, int]
+    grid: TokenGrid,
+    axes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tile: tuple[int, int, int],
 ) -> BlockMask:
     """Keep a pair iff every axis keeps it; exact to the token, built from per-axis patterns.
 
@@ -117,7 +119,7 @@ def _outer(codes: torch.Tensor, table: list[torch.Tensor]) -> torch.Tensor:
 def _cut_padding(
     order: TokenOrder, size: int, grid_blocks: int, index: torch.Tensor, start: int
 ) -> torch.Tensor:
-    """Give every block pair with text the bit tile that leaves padding slots out; return the tiles."""
+    """Give block pairs with text the bit tile that leaves padding slots out; return the tiles."""
     valid = (order.index[0] >= 0).view(-1, size)
     blocks = len(valid)
     if blocks == grid_blocks or bool(valid.all()):

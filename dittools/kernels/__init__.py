@@ -1,4 +1,4 @@
-"""Backends: each runs the one attention program (order, block mask, bit tiles, key bias) its own way."""
+"""Backends: each runs the one attention program (order, mask, bit tiles, key bias) its own way."""
 
 from collections.abc import Callable
 from importlib import import_module

@@ -70,7 +70,9 @@ def misfit(call: AttentionCall, mask: BlockMask) -> list[str]:
         ("key", k_len, mask.kv_block, mask.keep.shape[2]),
     ):
         if -(-length // size) != blocks:
-            reasons.append(f"mask has {blocks} {name} blocks of {size}, call needs {-(-length // size)}")
+            reasons.append(
+                f"mask has {blocks} {name} blocks of {size}, call needs {-(-length // size)}"
+            )
     return reasons
 
 

@@ -1,4 +1,4 @@
-"""The specification: plain torch, any device, one query block at a time, sums in fp32 (fp64 for fp64)."""
+"""The specification: plain torch, any device, one query block at a time, sums in fp32 or wider."""
 
 import torch
 
@@ -70,7 +70,9 @@ def _kept_columns(
     blocks = mask.keep[head, q_block].nonzero().flatten()
     inside = torch.arange(mask.kv_block, device=blocks.device)
     columns = (blocks[:, None] * mask.kv_block + inside).flatten()
-    kept = torch.ones((mask.q_block, len(blocks), mask.kv_block), dtype=torch.bool, device=blocks.device)
+    kept = torch.ones(
+        (mask.q_block, len(blocks), mask.kv_block), dtype=torch.bool, device=blocks.device
+    )
     if mask.tiles is not None and mask.tile_index is not None:
         tile = mask.tile_index[head, q_block, blocks].long()
         bits = unpack_bits(mask.tiles[tile.clamp(min=0)], mask.kv_block)
