@@ -1,0 +1,72 @@
+# Every target sets up what it needs. `make demo` and `make test` are all a newcomer has to know.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin/python
+PIP := $(BIN) -m pip --disable-pip-version-check
+WORKERS ?= 2
+OUT ?= out
+
+.PHONY: help demo demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
+
+$(VENV)/.core: constraints.txt pyproject.toml
+	@echo "[1/3] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] installing torch (the largest download)"
+	@$(PIP) install --progress-bar on -q -c constraints.txt torch
+	@echo "[3/3] installing dittools and what it needs"
+	@$(PIP) install --progress-bar on -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo "installing the test and development tools"
+	@$(PIP) install --progress-bar on -q -c constraints.txt -e ".[test,dev,triton]"
+	@touch $@
+
+demo: $(VENV)/.core  ## dense and accelerated clip of the embedded model, with a report, on CPU
+	@$(BIN) -m dittools generate --model demo --compare --out $(OUT)/demo
+
+test: $(VENV)/.test  ## the whole CPU suite
+	@$(BIN) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not gpu and not oracle and not browser"
+
+test-slow: $(VENV)/.test  ## tests that take minutes
+	@$(BIN) -m pytest -n $(WORKERS) -m "slow and not gpu and not oracle and not browser"
+
+test-gpu: $(VENV)/.test  ## the kernel and attach tests on a CUDA device
+	@$(BIN) -m pytest -m gpu
+
+# natten has no CPU wheel; without CUDA its source installs as pure Python and serves as the oracle
+$(VENV)/.oracles: $(VENV)/.test
+	@$(PIP) install -q "setuptools<81" wheel
+	@$(PIP) install -q --no-deps --no-build-isolation natten==0.21.7
+	@touch $@
+
+test-oracles: $(VENV)/.oracles  ## comparison with other packages' implementations
+	@$(BIN) -m pytest -m oracle
+
+lint: $(VENV)/.test  ## ruff
+	@$(BIN) -m ruff check .
+	@$(BIN) -m ruff format --check .
+
+type: $(VENV)/.test  ## mypy --strict on dittools
+	@$(BIN) -m mypy
+
+fmt: $(VENV)/.test  ## format and sort imports
+	@$(BIN) -m ruff format .
+	@$(BIN) -m ruff check --fix .
+
+check: lint type test  ## what CI runs
+
+bench: $(VENV)/.core  ## CPU kernels against dense SDPA
+	@$(BIN) bench/kernels.py
+
+bench-gpu: $(VENV)/.test  ## CUDA kernels against dense, FlexAttention and peers
+	@$(BIN) bench/gpu.py
+
+demo-model: $(VENV)/.test  ## retrain the embedded model from nothing and print its score
+	@$(BIN) -m dittools.pipelines.demo.train --out $(OUT)/demo-model
+
+clean:  ## remove build products, keep the environment
+	rm -rf $(OUT) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,70 @@
+"""A pipeline from a short name, a local folder or a hub id."""
+
+from pathlib import Path
+from typing import Any
+
+from dittools.errors import InputError
+
+
+def names() -> list[str]:
+    """Return the short names `load` knows without a download."""
+    from dittools.pipelines.tiny import TINY
+
+    return ["demo", *(f"tiny/{name}" for name in TINY)]
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+    """Return a stock diffusers pipeline, ready to call.
+
+    Args:
+        name: "demo" (the embedded model), "tiny/<family>" (random weights, for trying things out), a
+            local diffusers folder, or a hub id. Folders and hub ids load safetensors only, and no
+            code that comes with them is run.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: where to put it.
+    Raises:
+        InputError: no such name, folder or dtype.
+    """
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype != "auto" and dtype not in dtypes:
+        raise InputError("unknown dtype", expected=f"auto, {', '.join(dtypes)}", got=repr(dtype))
+    if name == "demo":
+        from dittools.pipelines.demo import load_demo
+
+        pipe = load_demo()
+    elif name.startswith("tiny/"):
+        pipe = _tiny(name.removeprefix("tiny/"))
+    else:
+        pipe = _pretrained(name, dtypes.get(dtype))
+    if dtype != "auto":
+        pipe = pipe.to(dtypes[dtype])
+    return pipe.to(device)
+
+
+def _tiny(name: str) -> Any:
+    from dittools.pipelines.tiny import TINY, build
+
+    if name not in TINY:
+        raise InputError(
+            "unknown tiny pipeline", expected=f"one of {', '.join(TINY)}", got=repr(name)
+        )
+    return build(name)
+
+
+def _pretrained(name: str, dtype: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    looks_local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
+    source = str(Path(name).expanduser()) if looks_local else name
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"cannot load a pipeline from {name!r}",
+            expected=f"{', '.join(names()[:2])}, ..., a diffusers folder, or a hub id",
+            got=first,
+        ) from error
