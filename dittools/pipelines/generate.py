@@ -101,12 +101,10 @@ def generate(pipe: Any, settings: Settings, progress: Progress | None = None) ->
 
 
 def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
-    """Return the keyword arguments of `pipe(...)` for some settings, names as that pipeline spells them."""
+    """Return the keyword arguments of `pipe(...)`, spelled as that pipeline spells them."""
     accepted = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in accepted:
-        raise InputError(
-            f"{type(pipe).__name__} takes no prompt, so there is nothing to generate from"
-        )
+        raise InputError(f"{type(pipe).__name__} takes no prompt: nothing to generate from")
     wanted: dict[str, Any] = {
         "prompt": settings.prompt,
         "negative_prompt": settings.negative_prompt,
@@ -133,8 +131,8 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
 def frames_argument(pipe: Any, frames: int) -> int:
     """Return the num_frames that makes a pipeline produce `frames` frames.
 
-    diffusers' Wan pipeline rounds num_frames to n * factor + 1; with a temporal factor of 1 that adds
-    a frame to whatever is asked for.
+    diffusers' Wan pipeline rounds num_frames to n * factor + 1; with a temporal factor of 1 that
+    adds a frame to whatever is asked for.
     """
     factor = getattr(pipe, "vae_scale_factor_temporal", None)
     is_wan = type(pipe).__name__.startswith("Wan")

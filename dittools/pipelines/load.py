@@ -1,5 +1,6 @@
 """A pipeline from a short name, a local folder or a hub id."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     """Return a stock diffusers pipeline, ready to call.
 
     Args:
-        name: "demo" (the embedded model), "tiny/<family>" (random weights, for trying things out), a
-            local diffusers folder, or a hub id. Folders and hub ids load safetensors only, and no
-            code that comes with them is run.
+        name: "demo" (the embedded model), "tiny/<family>" (random weights, for trying things out),
+            a local diffusers folder, or a hub id. Folders and hub ids load safetensors only, and
+            no code that comes with them is run.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: where to put it.
     Raises:
@@ -58,7 +59,9 @@ def _pretrained(name: str, dtype: Any) -> Any:
 
     looks_local = Path(name).expanduser().exists() or name.startswith((".", "/", "~"))
     source = str(Path(name).expanduser()) if looks_local else name
-    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    # the argument was renamed in 0.42, and the old name warns since
+    old = tuple(int(part) for part in version("diffusers").split(".")[:2]) < (0, 42)
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype" if old else "dtype": dtype}
     try:
         return DiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except (OSError, ValueError) as error:

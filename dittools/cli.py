@@ -1,0 +1,250 @@
+"""The command line: one clear line on bad input, exit code 2, never a traceback."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dittools.errors import DitToolsError, InputError
+
+app = typer.Typer(
+    help="Training-free acceleration of diffusers image and video transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+errors = Console(stderr=True, soft_wrap=True)
+console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for machines.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted, 1 anything else."""
+    wanted = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(wanted, standalone_mode=False, prog_name="dittools")
+        sys.exit(code if isinstance(code, int) else 0)
+    except KeyboardInterrupt:
+        _fail("interrupted; no half-written file was left", wanted, 130)
+    except DitToolsError as error:
+        _fail(str(error), wanted, 2)
+    except Exception as error:  # the last line of defence: a sentence, no traceback
+        if type(error).__name__ == "Abort":  # how the command-line library reports Ctrl-C
+            _fail("interrupted; no half-written file was left", wanted, 130)
+        usage = getattr(error, "format_message", None)
+        if usage is not None:  # wrong option or argument
+            _fail(f"{usage()} (see dittools {' '.join(wanted[:1])} --help)", wanted, 2)
+        if os.environ.get("DITTOOLS_DEBUG"):
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        _fail(f"{type(error).__name__}: {text} (DITTOOLS_DEBUG=1 shows where)", wanted, 1)
+
+
+def _fail(text: str, arguments: list[str], code: int) -> None:
+    if "--json" in arguments:
+        sys.stdout.write(json.dumps({"error": text}) + "\n")
+    errors.print(f"error: {text}", style="red", markup=False, highlight=False)
+    sys.exit(code)
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str, typer.Option(help="demo, tiny/<family>, a diffusers folder or a hub id.")
+    ] = "demo",
+    prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Method name; `dittools methods` lists them.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file, instead of a method.")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option("--set", help="Method parameter, e.g. --set decay=0.5.")
+    ] = None,
+    dense_steps: Annotated[
+        float | None, typer.Option(help="First steps kept dense: a count, or a share below 1.")
+    ] = None,
+    dense_layers: Annotated[int | None, typer.Option(help="First layers kept dense.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of the clip; 1 for an image.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also dense and the two floors, and a report.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Timed repeats with --compare.")] = 3,
+    backend: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/generate"),
+    as_json: Json = False,
+) -> None:
+    """Generate a clip or an image, accelerated, and report what it saved.
+
+    Example: dittools generate --prompt "a red circle moving left" --method gna --compare
+    """
+    from dittools.pipelines.session import Request, run
+
+    request = Request(
+        model=model,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        method=method,
+        plan=plan,
+        params=_pairs(param or []),
+        dense_steps=_count_or_share(dense_steps),
+        dense_layers=dense_layers,
+        seed=seed,
+        steps=steps,
+        frames=frames,
+        height=height,
+        width=width,
+        guidance=guidance,
+        compare=compare,
+        repeats=repeats,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        out=out,
+    )
+    with _progress() as step:
+        result = run(request, step, lambda note: errors.print(note, markup=False, highlight=False))
+    if as_json:
+        sys.stdout.write(json.dumps(result.report) + "\n")
+        return
+    _print_result(result.report, result.files, compare)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods, their parameters and defaults.
+
+    Example: dittools methods --json
+    """
+    from dittools.methods import METHODS
+
+    table = Table("method", "what it does", "parameters (default)")
+    listing: dict[str, Any] = {}
+    for name, kind in METHODS.items():
+        described = [(f.name, f.default, f.metadata.get("help", "")) for f in fields(kind)]
+        listing[name] = {
+            "summary": _first_line(kind),
+            "parameters": {n: {"default": d, "help": h} for n, d, h in described},
+        }
+        table.add_row(name, _first_line(kind), ", ".join(f"{n}={d}" for n, d, _ in described))
+    if as_json:
+        sys.stdout.write(json.dumps(listing, default=str) + "\n")
+    else:
+        console.print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, devices, kernels and the diffusers contract; say what is slow and why.
+
+    Example: dittools doctor
+    """
+    from dittools.doctor import examine
+
+    checks = examine()
+    if as_json:
+        sys.stdout.write(json.dumps([check.to_dict() for check in checks]) + "\n")
+    else:
+        table = Table("check", "state", "finding", "what to do")
+        for check in checks:
+            table.add_row(check.name, check.state, check.finding, check.remedy)
+        console.print(table)
+    if any(check.state == "broken" for check in checks):
+        raise typer.Exit(1)
+
+
+def _first_line(kind: type) -> str:
+    """Return the first line of a method's module docstring, without its closing stop."""
+    module = sys.modules[kind.__module__]
+    return (module.__doc__ or kind.__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def _pairs(given: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE options; values are JSON where they parse as such, text otherwise."""
+    pairs: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise InputError("--set is not usable", expected="NAME=VALUE", got=repr(item))
+        try:
+            pairs[name.strip()] = json.loads(text)
+        except json.JSONDecodeError:
+            pairs[name.strip()] = text
+    return pairs
+
+
+def _count_or_share(value: float | None) -> float | int | None:
+    """Read 3 as three steps and .25 as a quarter of them."""
+    if value is None or 0 < value < 1:
+        return value
+    if value < 0 or value != int(value):
+        raise InputError(
+            "--dense-steps is not usable", expected="a count, or a share below 1", got=str(value)
+        )
+    return int(value)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Yield a callback (what, done, total): a bar on a terminal, one line per run elsewhere."""
+    if not errors.is_terminal:
+        seen: set[str] = set()
+
+        def line(what: str, done: int, total: int) -> None:
+            if what not in seen:
+                seen.add(what)
+                errors.print(f"{what}: {total} steps", markup=False, highlight=False)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=errors) as bar:
+        tasks: dict[str, Any] = {}
+
+        def move(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done)
+
+        yield move
+
+
+def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool) -> None:
+    from dittools.pipelines.report_html import HEADINGS, rows, summary
+
+    if compared:
+        table = Table(*HEADINGS)
+        for row in rows(report):
+            table.add_row(*row)
+        console.print(table)
+        console.print(summary(report), markup=False, highlight=False)
+        for name, score in (report["prompt_score"] or {}).items():
+            wrong = [part for part, right in score.items() if right is False and part != "all"]
+            verdict = "matches the prompt" if not wrong else f"misses: {', '.join(wrong)}"
+            console.print(f"prompt check, {name}: {verdict}", markup=False, highlight=False)
+    else:
+        console.print(report["accelerated"]["text"], markup=False, highlight=False)
+    for name, path in files.items():
+        console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
