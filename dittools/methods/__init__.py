@@ -1,0 +1,87 @@
+"""The methods: each a frozen dataclass of parameters that runs one attention call."""
+
+from dataclasses import MISSING, fields
+from typing import Any, get_type_hints
+
+from dittools.errors import UnknownMethod
+from dittools.methods.base import GridMethod, Method, Preset
+from dittools.methods.dense import Dense
+from dittools.methods.gna import GNA
+from dittools.methods.presets import ALIASES, DEFAULT_DENSE_STEPS, PUBLISHED
+from dittools.methods.radial import Radial
+from dittools.methods.random_blocks import RandomBlocks
+from dittools.methods.sta import STA
+
+METHODS: dict[str, type[Any]] = {m.name: m for m in (Dense, Radial, GNA, STA, RandomBlocks)}
+
+__all__ = ["METHODS", "GridMethod", "Method", "Preset", "build", "preset", "to_params"]
+
+
+def build(name: str, params: dict[str, Any] | None = None) -> Method:
+    """Return the method of that name with these parameters; the rest keep their defaults.
+
+    Raises:
+        UnknownMethod: no method has this name, or it does not take one of the parameters.
+        InputError: a parameter has an unusable value.
+    """
+    kind = _kind(name)
+    unknown = sorted(set(params or {}) - {f.name for f in fields(kind)})
+    if unknown:
+        raise UnknownMethod(
+            f"{name} does not take {', '.join(unknown)}",
+            expected=", ".join(describe(kind)) or "no parameters",
+            got=repr(params),
+        )
+    method: Method = kind(**(params or {}))
+    return method
+
+
+def to_params(method: Method) -> dict[str, Any]:
+    """Return every parameter of a method as JSON values, `build` takes them back."""
+
+    def plain(value: Any) -> Any:
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return {f.name: plain(getattr(method, f.name)) for f in fields(_kind(method.name))}
+
+
+def preset(name: str, family: str) -> Preset:
+    """Return a method as published for a model family; its defaults where nothing is published.
+
+    Args:
+        name: name in METHODS.
+        family: "wan", "wan22", "hunyuan_video", "cogvideox", "flux", ...; any other name is fine.
+    Raises:
+        UnknownMethod: no method has this name.
+    """
+    kind = _kind(name)
+    key = family.lower().replace("-", "_")
+    key = ALIASES.get(key, key)
+    found = PUBLISHED.get((name, key))
+    if found is not None:
+        return Preset(kind(**found.params), found.dense_steps, found.dense_layers, found.source)
+    if kind is Dense:
+        return Preset(kind(), 0, 0, "dense has no settings")
+    source = (
+        f"no published preset for {family}, using {name}'s defaults, a quarter of the steps dense"
+    )
+    return Preset(kind(), DEFAULT_DENSE_STEPS, 0, source)
+
+
+def describe(kind: type[Any]) -> list[str]:
+    """Return one phrase per parameter of a method class: name, type and default."""
+    hints = get_type_hints(kind)
+    phrases = []
+    for item in fields(kind):
+        kind_name = getattr(hints[item.name], "__name__", str(hints[item.name]))
+        default = "" if item.default is MISSING else f" = {item.default!r}"
+        phrases.append(f"{item.name}: {kind_name}{default}")
+    return phrases
+
+
+def _kind(name: str) -> type[Any]:
+    if name not in METHODS:
+        raise UnknownMethod(
+            "unknown method", expected=f"one of {', '.join(METHODS)}", got=repr(name)
+        )
+    return METHODS[name]

@@ -1,0 +1,170 @@
+"""What a method is, how its parameters are described and checked, and how its mask is run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol, get_type_hints, runtime_checkable
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.errors import InputError
+from dittools.grid import TokenGrid
+from dittools.kernels import Backend
+from dittools.mask import BlockMask
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen dataclass of parameters that turns one call into attention."""
+
+    name: ClassVar[str]
+
+    def not_supported(self, call: AttentionCall) -> list[str]:
+        """Say, one sentence each, why this call cannot run; empty when it can."""
+
+    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        """Return [B, S, H, D] in the dtype of call.query."""
+
+    def __hash__(self) -> int:
+        """Frozen dataclasses are hashable, so methods key caches."""
+
+
+@runtime_checkable
+class GridMethod(Method, Protocol):
+    """A method whose mask depends on the grid alone."""
+
+    def mask(self, grid: TokenGrid) -> BlockMask:
+        """Return the mask of one grid, on the CPU, the same object while it stays cached."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method as its authors run it on one model family.
+
+    Attributes:
+        method: the method with its parameters.
+        dense_steps: leading denoising steps that stay dense, a count, or a share when below 1.
+        dense_layers: leading layers that stay dense.
+        source: where the numbers come from, one readable phrase.
+    """
+
+    method: Method
+    dense_steps: float | int
+    dense_layers: int
+    source: str
+
+
+def param(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    choices: Sequence[Any] = (),
+) -> Any:
+    """Return a dataclass field with a help text and the limits that `check_params` enforces."""
+    limits = {"least": least, "most": most, "above": above, "choices": tuple(choices)}
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def check_params(method: Any) -> None:
+    """Check and normalise every parameter of a frozen dataclass: lists to tuples, ints to floats.
+
+    Raises:
+        InputError: a parameter has another type or lies outside its limits.
+    """
+    hints = get_type_hints(type(method))
+    for item in fields(method):
+        value = getattr(method, item.name)
+        if isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        kind = hints[item.name]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind in (int, float, bool, str) and (
+            not isinstance(value, kind) or (kind is int and isinstance(value, bool))
+        ):
+            raise bad_param(method, item.name, expected=_wanted(item, kind.__name__))
+        if kind in (int, float) or item.metadata.get("choices"):
+            _check_limits(method, item, kind, value)
+        object.__setattr__(method, item.name, value)
+
+
+def _check_limits(method: Any, item: Field[Any], kind: Any, value: Any) -> None:
+    least, most, above = (item.metadata.get(k) for k in ("least", "most", "above"))
+    choices = item.metadata.get("choices")
+    wrong = (
+        (choices and value not in choices)
+        or (kind is float and value != value)
+        or (least is not None and value < least)
+        or (most is not None and value > most)
+        or (above is not None and value <= above)
+    )
+    if wrong:
+        raise bad_param(
+            method, item.name, expected=_wanted(item, getattr(kind, "__name__", "value"))
+        )
+
+
+def _wanted(item: Field[Any], kind: str) -> str:
+    """Describe the values a field takes."""
+    if item.metadata.get("choices"):
+        return "one of " + ", ".join(repr(c) for c in item.metadata["choices"])
+    limits = (("least", "at least"), ("above", "above"), ("most", "at most"))
+    parts = [f"{word} {item.metadata[k]}" for k, word in limits if item.metadata.get(k) is not None]
+    return " ".join([{"int": "a whole number", "float": "a number"}.get(kind, kind), *parts])
+
+
+def bad_param(method: Any, name: str, *, expected: str, remedy: str = "") -> InputError:
+    """Return the error for one parameter, its help text as the default remedy."""
+    item = next(f for f in fields(method) if f.name == name)
+    return InputError(
+        f"{method.name}: {name} is not usable",
+        expected=expected,
+        got=repr(getattr(method, name)),
+        remedy=remedy or f"{name} is {item.metadata.get('help', 'described in the documentation')}",
+    )
+
+
+@lru_cache(maxsize=64)
+def _placed(method: GridMethod, grid: TokenGrid, device: torch.device) -> BlockMask:
+    return method.mask(grid).to(device)
+
+
+def attend_by_grid(method: GridMethod, call: AttentionCall, backend: Backend) -> torch.Tensor:
+    """Run a method whose mask depends on the grid alone; mask and device copy are cached."""
+    return attend_masked(call, backend, _placed(method, call.grid, call.query.device))
+
+
+def attend_masked(call: AttentionCall, backend: Backend, mask: BlockMask) -> torch.Tensor:
+    """Run one mask; dense when it keeps everything or when the backend says dense is no slower."""
+    if mask.tiles is None and bool(mask.keep.all()):
+        return backend.dense(call)
+    if backend.prefers_dense(call, mask):
+        return backend.dense(call)
+    return backend.block_sparse(call, mask)
+
+
+def attend_per_item(
+    call: AttentionCall, run: Callable[[AttentionCall], torch.Tensor]
+) -> torch.Tensor:
+    """Run a content-dependent method with the batch folded into heads, so that each item chooses.
+
+    `run` sees batch 1 and B * H heads (item-major); a key_mask arrives as -inf in key_bias.
+    """
+    batch, heads = call.query.shape[0], call.head_count
+    if batch == 1:
+        return run(call)
+
+    def fold(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1).flatten(1, 2)[None]
+
+    bias = call.additive_mask()
+    if bias is not None:
+        bias = bias.expand(batch, heads, -1).reshape(1, batch * heads, -1)
+    q, k, v = fold(call.query), fold(call.key), fold(call.value)
+    out = run(replace(call, query=q, key=k, value=v, key_mask=None, key_bias=bias))
+    item: torch.Tensor = out[0]
+    return item.view(item.shape[0], batch, heads, item.shape[2]).transpose(0, 1)

@@ -1,0 +1,69 @@
+"""The settings authors publish for their methods, by model family."""
+
+from typing import Any, NamedTuple
+
+
+class Published(NamedTuple):
+    """One published setting: parameters, dense steps (count or share), dense layers, source."""
+
+    params: dict[str, Any]
+    dense_steps: float | int
+    dense_layers: int
+    source: str
+
+
+DEFAULT_DENSE_STEPS = 0.25  # most authors keep 20 to 30 % of the steps dense
+_RADIAL = "radial-attention scripts, "
+_GNA = "arXiv:2504.16922, "
+
+PUBLISHED: dict[tuple[str, str], Published] = {
+    ("radial", "wan"): Published(
+        {"decay": 0.2, "sink": True, "block_size": 128}, 0.24, 1, _RADIAL + "Wan2.1-14B 768x1280x69"
+    ),
+    ("radial", "wan22"): Published(
+        {"decay": 0.8, "sink": True, "block_size": 64},
+        0.275,
+        1,
+        _RADIAL + "Wan2.2-A14B 768x1280x77",
+    ),
+    ("radial", "hunyuan_video"): Published(
+        {"decay": 0.95, "sink": False, "block_size": 128},
+        0.24,
+        0,
+        _RADIAL + "HunyuanVideo 768x1280x117",
+    ),
+    ("gna", "hunyuan_video"): Published(
+        {"window": ("full", 0.8334, 0.5), "stride": (1, 32, 8)},
+        0.3,
+        0,
+        _GNA + "HunyuanVideo 720p, window 30x40x40 of 30x48x80",
+    ),
+    ("gna", "cosmos"): Published(
+        {"window": ("full", 0.7273, 0.6), "stride": (1, 8, 16)},
+        12 / 35,
+        0,
+        _GNA + "Cosmos-7B 720p, window 16x32x48 of 16x44x80",
+    ),
+    ("gna", "flux"): Published(
+        {"window": ("full", 0.3125, 0.3125), "stride": (1, 16, 16)},
+        9 / 28,
+        0,
+        _GNA + "FLUX.1-dev 4K, window 80x80 of 256x256",
+    ),
+    ("sta", "hunyuan_video"): Published(
+        {"window": (5, 5, 5), "tile": (6, 8, 8)},
+        0.3,
+        0,
+        _GNA + "its comparison at 58.3 % sparsity, HunyuanVideo 720p",
+    ),
+}
+
+# spellings of a family that mean the same published settings
+ALIASES = {
+    "wan21": "wan",
+    "wan2.1": "wan",
+    "wan2.2": "wan22",
+    "hunyuan": "hunyuan_video",
+    "hunyuanvideo": "hunyuan_video",
+    "cogvideox1.5": "cogvideox15",
+}

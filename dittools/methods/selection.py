@@ -1,0 +1,83 @@
+"""What content-dependent methods share: pooled blocks, top-k and mass selection, dense text."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from dittools.grid import TokenGrid
+from dittools.mask import BlockMask
+from dittools.order import TokenOrder
+
+
+@lru_cache(maxsize=64)
+def text_blocks(grid: TokenGrid, block_size: int) -> torch.Tensor:
+    """Return bool [blocks]: the blocks that hold a text token."""
+    blocks = torch.zeros(grid.blocks(block_size), dtype=torch.bool)
+    if grid.text_before:
+        blocks[: -(-grid.text_before // block_size)] = True
+    if grid.text_after:
+        blocks[(grid.total - grid.text_after) // block_size :] = True
+    return blocks
+
+
+def block_means(tensor: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return float32 [B, H, blocks, D]: mean token of every block of [B, S, H, D].
+
+    A ragged last block is divided by the tokens it really holds.
+    """
+    batch, tokens, heads, width = tensor.shape
+    whole = tokens // block_size * block_size
+    parts = []
+    if whole:
+        cut = tensor[:, :whole].reshape(batch, -1, block_size, heads, width)
+        parts.append(cut.mean(dim=2, dtype=torch.float32))
+    if whole < tokens:
+        parts.append(tensor[:, whole:].mean(dim=1, dtype=torch.float32)[:, None])
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def keep_top(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """Return bool like scores [..., Q, K]: the `count` best entries of each row, ties to the left.
+
+    Args:
+        scores: any float; +inf is always first.
+        count: one number, or int64 broadcastable to [..., Q].
+    """
+    columns = scores.shape[-1]
+    if isinstance(count, int):
+        best = scores.topk(min(max(count, 0), columns), dim=-1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    taken = torch.arange(columns, device=scores.device) < count[..., None]
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    return kept.scatter_(-1, order, taken.expand_as(order))
+
+
+def mass_counts(mass: torch.Tensor, share: float) -> torch.Tensor:
+    """Return int64 [..., Q]: how many of a row's largest entries stay within `share` of its sum.
+
+    This is #{cumulative sum <= share}; methods differ in what they add to it. Rows must sum to 1.
+    """
+    ordered = mass.sort(dim=-1, descending=True).values
+    return (ordered.cumsum(dim=-1) <= share).sum(dim=-1)
+
+
+def row_mask(
+    keep: torch.Tensor, grid: TokenGrid, block_size: int, order: TokenOrder | None = None
+) -> BlockMask:
+    """Return the mask of bool [H or 1, blocks, blocks] over the whole sequence, text dense.
+
+    Blocks that hold text are kept as rows and as columns, and so is the diagonal. `keep` is
+    changed in place.
+    """
+    text = text_blocks(grid, block_size).to(keep.device)
+    keep |= text | text[:, None]
+    keep.diagonal(dim1=-2, dim2=-1).fill_(True)
+    return BlockMask(keep, block_size, order=order, q_tokens=grid.total, kv_tokens=grid.total)
+
+
+def pad_tokens(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Return [B, S + pad, H, D] with zeros behind, S + pad a multiple of `multiple`."""
+    short = -tensor.shape[1] % multiple
+    return F.pad(tensor, (0, 0, 0, 0, 0, short)) if short else tensor
