@@ -58,7 +58,7 @@ def grouped_attention(
         mask.tiles is not None and not bool(key.isfinite().all() & value.isfinite().all())
     )
     out = torch.zeros_like(query)
-    lse = query.new_full(query.shape[:2] + (mask.q_block,), float("-inf"), dtype=torch.float32)
+    lse = query.new_full((*query.shape[:2], mask.q_block), float("-inf"), dtype=torch.float32)
     for group in plan:
         per_row = batch * group.blocks.shape[1] * mask.kv_block * dim * key.element_size()
         step = max(1, GATHER_BYTES // per_row)
