@@ -139,10 +139,11 @@ def attend_by_grid(method: GridMethod, call: AttentionCall, backend: Backend) ->
 
 
 def attend_masked(call: AttentionCall, backend: Backend, mask: BlockMask) -> torch.Tensor:
-    """Run one mask; dense when it keeps everything or when the backend says dense is no slower."""
+    """Run one mask; dense when it keeps everything.
+
+    Going dense because it is faster is the caller's choice, made where it can be reported.
+    """
     if mask.tiles is None and bool(mask.keep.all()):
-        return backend.dense(call)
-    if backend.prefers_dense(call, mask):
         return backend.dense(call)
     return backend.block_sparse(call, mask)
 
