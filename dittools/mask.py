@@ -284,7 +284,9 @@ def pack_bits(bits: torch.Tensor) -> torch.Tensor:
     if short:
         bits = torch.cat((bits, bits.new_zeros((*bits.shape[:-1], short))), dim=-1)
     weights = 2 ** torch.arange(8, device=bits.device, dtype=torch.uint8)
-    return (bits.view(*bits.shape[:-1], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (bits.view(*bits.shape[:-1], bits.shape[-1] // 8, 8) * weights).sum(
+        -1, dtype=torch.uint8
+    )
 
 
 def unpack_bits(packed: torch.Tensor, length: int) -> torch.Tensor:
