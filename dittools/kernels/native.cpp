@@ -77,7 +77,7 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // ---- small vector helpers -------------------------------------------------------------------
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // "vf{} + x" would cost a real addition
 inline vf load(const float *p) { return *reinterpret_cast<const vfu *>(p); }
 inline void store(float *p, vf x) { *reinterpret_cast<vfu *>(p) = x; }
 inline vf pick(vi cond, vf a, vf b) { return cond ? a : b; }
