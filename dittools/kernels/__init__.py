@@ -14,8 +14,9 @@ from dittools.mask import BlockMask
 _MODULES: dict[str, tuple[str, str]] = {
     "reference": ("dittools.kernels.reference", "ReferenceBackend"),
     "cpu": ("dittools.kernels.cpu", "CpuBackend"),
+    "triton": ("dittools.kernels.triton_backend", "TritonBackend"),
 }
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
+_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 _LOADED: dict[str, "Backend"] = {}
 
 

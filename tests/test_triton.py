@@ -1,0 +1,275 @@
+"""The Triton kernel: in the interpreter against fp64, compiled without a GPU, and on a device."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dittools.call import AttentionCall
+from dittools.errors import UnsupportedCall
+from dittools.grid import TokenGrid
+from dittools.kernels import choose, load
+from dittools.kernels.program import block_sparse, build_program, program
+from dittools.kernels.reference import ReferenceBackend
+from dittools.mask import BlockMask
+
+HERE = Path(__file__).parent
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON, reason="triton is not installed: pip install 'dittools[triton]'"
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+@lru_cache(maxsize=1)
+def case_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("triton_cases", HERE / "triton_cases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["triton_cases"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+CASES = case_module().cases()
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, object]]:
+    """Every case, run in a fresh process: Triton reads TRITON_INTERPRET when it is imported."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "triton_cases.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {row["name"]: row for row in rows}
+
+
+def assert_within_budget(row: dict[str, object]) -> None:
+    assert row["refused"] == []
+    assert row["finite"]
+    assert row["empty_right"]
+    assert row["error"] <= row["budget"], row
+    assert row["lse_error"] < 2e-5, row
+
+
+@needs_triton
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_interpreter_stays_within_twice_the_error_of_the_dtype(
+    case: object, interpreted: dict[str, dict[str, object]]
+) -> None:
+    assert_within_budget(interpreted[case.name])  # type: ignore[attr-defined]
+
+
+@needs_triton
+def test_nan_query_spoils_its_own_row_only(interpreted: dict[str, dict[str, object]]) -> None:
+    assert interpreted["nan-row"]["bad"] == [[0, 5, 1]]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_device_stays_within_twice_the_error_of_the_dtype(case: object) -> None:
+    assert_within_budget(case_module().check(case, "cuda"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_nan_query_spoils_its_own_row_only_on_the_device() -> None:
+    assert case_module().nan_row("cuda")["bad"] == [[0, 5, 1]]
+
+
+COMPILED = [(64, 64, False, False), (128, 128, False, False), (128, 128, True, True)]
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("head_dim", "q_block", "masked", "gather"), COMPILED)
+def test_compiles_without_spills_and_within_shared_memory(
+    head_dim: int, q_block: int, masked: bool, gather: bool, capability: int
+) -> None:
+    from dittools.kernels.triton_aot import Variant
+
+    assert_fits(Variant(head_dim, q_block, 64, masked=masked, gather=gather), capability)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_main_variant_compiles_without_spills(capability: int) -> None:
+    from dittools.kernels.triton_aot import main_variants
+
+    for variant in main_variants():
+        assert_fits(variant, capability)
+
+
+def assert_fits(variant: object, capability: int) -> None:
+    from dittools.kernels.triton_aot import SHARED_LIMIT, compile_variant
+
+    used = compile_variant(variant, capability)  # type: ignore[arg-type]
+    print(capability, variant, used)
+    assert used.spill_bytes == 0
+    assert used.shared_kib <= SHARED_LIMIT[capability]  # the compiler accepts more than a block has
+    assert used.registers * used.config.num_warps * 32 <= 65536
+    assert used.async_copies
+    wide = variant.dtype != torch.float32  # type: ignore[attr-defined]
+    assert used.tensor_core == ("wgmma" if capability == 90 and wide else "mma")
+
+
+@needs_triton
+def test_configured_tiles_that_do_not_divide_their_block_are_refused(tmp_path: Path) -> None:
+    from dittools.kernels import triton_config
+
+    table = tmp_path / "tuning.json"
+    table.write_text(json.dumps({"64/128x64/bfloat16": [128, 48, 4, 2, 0]}))
+    with pytest.raises(UnsupportedCall, match="do not divide"):
+        triton_config.load_tuning(table)
+    table.write_text(json.dumps({"64/128x64/bfloat16": ["wide"]}))
+    with pytest.raises(UnsupportedCall, match="malformed"):
+        triton_config.load_tuning(table)
+
+
+@needs_triton
+def test_tuning_table_replaces_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dittools.kernels import triton_config
+
+    monkeypatch.setattr(triton_config, "_TUNED", {})
+    table = tmp_path / "tuning.json"
+    table.write_text(json.dumps({"64/128x64/bfloat16": [64, 32, 4, 2, 0]}))
+    assert triton_config.load_tuning(table) == 1
+    assert triton_config.default_config(50, 128, 64, torch.bfloat16)[:3] == (64, 32, 4)
+    assert triton_config.default_config(50, 128, 64, torch.float16)[:2] == (128, 64)
+
+
+def half_mask(tokens: int = 200, heads: int = 2, block: int = 32) -> BlockMask:
+    torch.manual_seed(3)
+    return BlockMask.from_dense(torch.rand(heads, tokens, tokens) < 0.5, block)
+
+
+def call_of(tokens: int = 200, heads: int = 2, dim: int = 16, **more: object) -> AttentionCall:
+    q, k, v = torch.randn(3, 1, tokens, heads, dim)
+    return AttentionCall(q, k, v, TokenGrid(1, 1, tokens), **more)  # type: ignore[arg-type]
+
+
+@needs_triton
+def test_refuses_what_it_cannot_run_with_the_reason() -> None:
+    call, mask = call_of(), half_mask()
+    with pytest.raises(UnsupportedCall, match="needs CUDA tensors, got cpu"):
+        choose("triton", call, mask)
+    reasons = load("triton").not_supported(call_of(scale=-1.0), half_mask(block=24))
+    assert any("scale must be positive" in reason for reason in reasons)
+    assert any("multiples of 16, got 24 x 24" in reason for reason in reasons)
+    wide = load("triton").not_supported(call_of(tokens=100, dim=320), mask)
+    assert any("head_dim is at most 256" in reason for reason in wide)
+    assert any("blocks of 32" in reason for reason in wide)
+    graph = call_of()
+    graph.query.requires_grad_()
+    assert any("no backward" in reason for reason in load("triton").not_supported(graph, mask))
+
+
+def test_program_is_built_once_per_mask_and_size() -> None:
+    call, mask = call_of(), half_mask()
+    assert program(mask, call) is program(mask, call)
+    assert program(half_mask(), call) is not program(mask, call)
+
+
+def test_program_starts_with_whole_heads_and_levels_the_end_with_short_rows() -> None:
+    keep = torch.zeros(2, 8, 64, dtype=torch.bool)
+    lengths = torch.stack((torch.arange(1, 9), torch.arange(1, 9) * 4))
+    for head in range(2):
+        for row in range(8):
+            keep[head, row, : lengths[head, row]] = True
+    mask = BlockMask(keep, 16, q_tokens=128, kv_tokens=1024)
+    task = build_program(mask, torch.device("cpu"), 2, 128, 1024).task.long()
+    assert sorted(task.tolist()) == list(range(16))
+    work = lengths.flatten()[task]
+    assert (task[:4] >= 8).all()  # the denser head first
+    assert work[:4].tolist() == [32, 28, 24, 20]
+    assert work[-3:].tolist() == [3, 2, 1]
+
+
+def test_program_puts_entries_that_need_a_test_last() -> None:
+    mask = BlockMask(torch.ones(1, 3, 3, dtype=torch.bool), 64, q_tokens=150, kv_tokens=150)
+    made = build_program(mask, torch.device("cpu"), 4, 150, 150)
+    assert made.masked  # the last key block is ragged
+    assert made.masked_from.tolist() == [2, 5, 8]
+    assert made.block.tolist() == [0, 1, 2] * 3
+    assert not build_program(mask, torch.device("cpu"), 4, 192, 192).masked
+
+
+def test_op_runs_the_program_on_cpu_as_the_reference_does() -> None:
+    for case in CASES:
+        if case.dtype != "fp32":
+            continue
+        call, mask = case_module().build(case)
+        bias = call.additive_mask()
+        out, lse = program(mask, call)(call.query, call.key, call.value, bias, call.scale)
+        want, want_lse = ReferenceBackend().block_sparse(call, mask, return_lse=True)
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+
+def test_op_has_a_correct_fake_and_schema() -> None:
+    call, mask = call_of(), half_mask()
+    made = program(mask, call)
+    args = (call.query, call.key, call.value, *made[:7], None, 0.25, *made[7:12])
+    torch.library.opcheck(
+        block_sparse,
+        args,
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"),
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_op_stays_one_graph_under_torch_compile(backend: str) -> None:
+    call, mask = call_of(), half_mask()
+    made = program(mask, call)
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = made(q * 2, k, v)
+        return out * lse.exp()[..., None]
+
+    compiled = torch.compile(block, backend=backend, fullgraph=True)
+    torch._dynamo.reset()
+    got = compiled(call.query, call.key, call.value)
+    torch.testing.assert_close(got, block(call.query, call.key, call.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("block", 7), ("tile", 10_000), ("task", -1), ("indptr", 10_000)]
+)
+def test_debug_mode_names_the_list_that_points_outside(
+    name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, mask = call_of(), half_mask()
+    made = program(mask, call)
+    damaged = getattr(made, name).clone()
+    damaged[0] = value
+    made = made._replace(**{name: damaged})
+    monkeypatch.setenv("DITTOOLS_DEBUG", "1")
+    with pytest.raises(UnsupportedCall, match=f"`{name}` points outside"):
+        made(call.query, call.key, call.value)
+
+
+def test_debug_mode_refuses_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = program(half_mask(), call_of())
+    longer = call_of(tokens=220)
+    monkeypatch.setenv("DITTOOLS_DEBUG", "1")
+    with pytest.raises(UnsupportedCall, match="other lengths; expected 200 queries, 200 keys"):
+        made(longer.query, longer.key, longer.value)
+
+
+def test_importing_dittools_leaves_triton_alone() -> None:
+    code = "import sys; sys.modules['triton'] = None; import dittools, dittools.kernels.program"
+    subprocess.run([sys.executable, "-c", code], check=True)
