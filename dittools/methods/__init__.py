@@ -10,9 +10,12 @@ from dittools.methods.gna import GNA
 from dittools.methods.presets import ALIASES, DEFAULT_DENSE_STEPS, PUBLISHED
 from dittools.methods.radial import Radial
 from dittools.methods.random_blocks import RandomBlocks
+from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.methods.sta import STA
 
-METHODS: dict[str, type[Any]] = {m.name: m for m in (Dense, Radial, GNA, STA, RandomBlocks)}
+METHODS: dict[str, type[Any]] = {
+    m.name: m for m in (Dense, Radial, GNA, STA, SparseVDiT, RandomBlocks)
+}
 
 __all__ = ["METHODS", "GridMethod", "Method", "Preset", "build", "preset", "to_params"]
 

@@ -14,6 +14,7 @@ class Published(NamedTuple):
 
 DEFAULT_DENSE_STEPS = 0.25  # most authors keep 20 to 30 % of the steps dense
 _RADIAL = "radial-attention scripts, "
+_VDIT = "arXiv:2506.03065, densities that give its FLOP counts"
 _GNA = "arXiv:2504.16922, "
 
 PUBLISHED: dict[tuple[str, str], Published] = {
@@ -56,6 +57,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
         0,
         _GNA + "its comparison at 58.3 % sparsity, HunyuanVideo 720p",
     ),
+    ("sparse_vdit", "cogvideox15"): Published({"density": 0.265}, 0, 0, _VDIT),
+    ("sparse_vdit", "hunyuan_video"): Published({"density": 0.15}, 10, 0, _VDIT),
+    ("sparse_vdit", "wan"): Published({"density": 0.298}, 10, 0, _VDIT),
 }
 
 # spellings of a family that mean the same published settings
