@@ -1,0 +1,109 @@
+"""Write the README tables from committed results and the code, so that none is typed by hand.
+
+python bench/readme.py           # rewrite the README
+python bench/readme.py --check   # exit 1 when it is not what this would write
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dittools.cli import _first_line
+from dittools.methods import METHODS
+from dittools.pipelines.report_html import HEADINGS, rows, summary
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+
+
+def table(headings: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text())
+    return found
+
+
+def demo() -> str:
+    report = _load("demo-cpu.json")
+    where = report["environment"]
+    machine = (
+        f"{where['threads']} CPU threads, torch {where['torch']}, diffusers {where['diffusers']}"
+    )
+    return f"{table(HEADINGS, rows(report))}\n\n{summary(report)} Measured on {machine}."
+
+
+def methods() -> str:
+    body = [(f"`{name}`", _first_line(kind)) for name, kind in METHODS.items()]
+    return table(("method", "what it does"), body)
+
+
+def families() -> str:
+    from dittools.patches import FAMILIES
+
+    body = [(f.name, ", ".join(f"`{name}`" for name in f.denoisers), f.note) for f in FAMILIES]
+    return table(("family", "denoiser classes", "what is accelerated"), body)
+
+
+def kernels() -> str:
+    result = _load("kernels-cpu.json")
+    keys = ("dtype", "tokens", "heads", "head_dim", "block")
+    cells: dict[tuple[str, ...], dict[float, str]] = {}
+    for row in result["rows"]:
+        case = tuple(str(row[key]) for key in keys)
+        cells.setdefault(case, {})[row["density"]] = f"{row['ratio']:.2f}"
+    densities = sorted({row["density"] for row in result["rows"]})
+    head = (*keys, *(f"density {d:g}" for d in densities))
+    body = [(*case, *(found.get(d, "") for d in densities)) for case, found in cells.items()]
+    note = "Time of the `cpu` backend over dense SDPA of the same dtype in the same run, median."
+    return f"{note} {result['run']}.\n\n{table(head, body)}"
+
+
+def score() -> str:
+    result = _load("demo-score.json")
+    shares = "".join(f", {name} {share:.0%}" for name, share in result["shares"].items())
+    directions = ", ".join(f"{name} {share:.0%}" for name, share in result["directions"].items())
+    return f"{result['pairs']} prompt and seed pairs{shares}; motion by direction: {directions}."
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "methods": methods,
+    "families": families,
+    "kernels": kernels,
+    "score": score,
+}
+
+
+def render(text: str) -> str:
+    """Return the README with every section between its two marks written anew."""
+    for name, write in SECTIONS.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if start not in text or end not in text:
+            raise SystemExit(f"README.md lacks the marks of section {name}")
+        body = f"{start}\n{write()}\n{end}"
+        text = re.sub(f"{start}.*?{end}", lambda _, body=body: body, text, flags=re.DOTALL)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when stale")
+    args = parser.parse_args(argv)
+    old = README.read_text()
+    new = render(old)
+    if args.check:
+        return int(old != new)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

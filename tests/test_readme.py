@@ -1,0 +1,80 @@
+"""The README is true: snippets run, commands exist, tables are what the scripts write."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def _fenced(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_every_python_snippet_runs_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    snippets = _fenced("python")
+    assert len(snippets) >= 3
+    for snippet in snippets:
+        fast = snippet.replace('"num_inference_steps": 12', '"num_inference_steps": 3')
+        exec(compile(fast, "README.md", "exec"), names)
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_every_command_is_a_command() -> None:
+    from dittools.cli import app
+
+    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {group.name for group in app.registered_groups}
+    used = [
+        line.split()[1]
+        for block in _fenced("sh")
+        for line in block.splitlines()
+        if line.startswith("dittools ")
+    ]
+    assert used
+    assert set(used) <= known
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    used = set(re.findall(r"make ([a-z-]+)", TEXT))
+    assert {"demo", "test"} <= used <= targets
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_linked_files_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_the_tables_are_what_the_scripts_write() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "readme.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, f"run python bench/readme.py\n{done.stderr}"
+
+
+def test_the_example_method_runs(tmp_path: Path) -> None:
+    import dittools
+
+    names: dict[str, object] = {"__name__": "example"}
+    exec((ROOT / "examples" / "own_method.py").read_text(), names)
+    method = names["EveryNthFrame"](n=2, block_size=8)  # type: ignore[operator]
+    pipe = dittools.pipelines.load("tiny/wan")
+    from dittools.pipelines.tiny import call_arguments
+
+    with dittools.attach(pipe, method, dense_steps=0) as handle:
+        pipe(**call_arguments("wan"))
+        report = handle.report().to_dict()
+    assert 0 < report["density"] < 1
