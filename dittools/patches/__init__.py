@@ -1,0 +1,17 @@
+"""Attaching to stock diffusers pipelines: `attach`, `detach`, and the open table of families."""
+
+from dittools.patches.adapters import Family, Layout, families, register_family
+from dittools.patches.attach import Attachment, attach, detach
+from dittools.patches.report import LayerReport, Report
+
+__all__ = [
+    "Attachment",
+    "Family",
+    "LayerReport",
+    "Layout",
+    "Report",
+    "attach",
+    "detach",
+    "families",
+    "register_family",
+]

@@ -1,0 +1,100 @@
+"""A backend that also notes what it was asked for: pairs kept, time, and when dense was faster."""
+
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.kernels import Backend, choose
+from dittools.mask import BlockMask
+from dittools.patches.timing import Stopwatch
+
+DENSE_IS_FASTER = "dense is faster at this density"
+
+_DENSITY: "weakref.WeakKeyDictionary[BlockMask, float | torch.Tensor]" = weakref.WeakKeyDictionary()
+
+
+class Meter:
+    """Runs one site's call on a backend and measures it.
+
+    Args:
+        backend: what `resolve` returned.
+        whole: the call of the site with all heads, None when heads are split.
+        stock: computes `whole` as the stock pipeline would, bit for bit.
+        watch: gets the time of the backend's work.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        whole: AttentionCall | None,
+        stock: Callable[[], torch.Tensor],
+        watch: Stopwatch,
+    ) -> None:
+        self._backend, self._whole, self._stock, self._watch = backend, whole, stock, watch
+        self.name = backend.name
+        self.used: set[str] = set()
+        self.was_sparse = False
+        self.declined = False  # dense was faster
+        self._pairs: list[tuple[float, float | torch.Tensor]] = []  # pairs of a call, share kept
+
+    def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
+        """What the backend says."""
+        return self._backend.not_supported(call, mask)
+
+    def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
+        """What the backend says under "auto"; a backend asked for by name runs what it is given."""
+        if self.name == "auto" and self._backend.prefers_dense(call, mask):
+            self.declined = True
+            return True
+        return False
+
+    def dense(self, call: AttentionCall) -> torch.Tensor:
+        """Return [B, S, H, D]; the site's own call runs exactly as the stock pipeline runs it."""
+        self._pairs.append((_pair_count(call), 1.0))
+        with self._watch.running(call.query.device):
+            if call is self._whole:
+                return self._stock()
+            return self._backend.dense(call)
+
+    def block_sparse(
+        self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Run the mask; under "auto" dense instead where that is faster and no LSE is wanted."""
+        if not return_lse and self.prefers_dense(call, mask):
+            return self.dense(call)
+        chosen = choose("auto", call, mask) if self.name == "auto" else self._backend
+        self.used.add(chosen.name)
+        self.was_sparse = True
+        self._pairs.append((_pair_count(call), mask_density(mask)))
+        with self._watch.running(call.query.device):
+            if return_lse:
+                return chosen.block_sparse(call, mask, return_lse=True)
+            return chosen.block_sparse(call, mask)
+
+    def density(self, call: AttentionCall) -> float | torch.Tensor:
+        """Return the pairs computed as a share of all pairs of a call, capped at 1."""
+        whole = float(call.query.shape[0] * call.query.shape[1] ** 2 * call.head_count)
+        share: float | torch.Tensor = 0.0
+        for pairs, kept in self._pairs:
+            share = share + kept * (pairs / whole)
+        return share.clamp(max=1.0) if isinstance(share, torch.Tensor) else min(share, 1.0)
+
+
+def _pair_count(call: AttentionCall) -> float:
+    batch, tokens, heads, _ = call.query.shape
+    return float(batch * tokens * call.key.shape[1] * heads)
+
+
+def mask_density(mask: BlockMask) -> float | torch.Tensor:
+    """Return the share of kept pairs, once per mask.
+
+    A mask without bit tiles on a GPU gives a 0-d tensor: reading it would make the GPU wait.
+    """
+    if mask not in _DENSITY:
+        if mask.tiles is None and mask.keep.device.type != "cpu":
+            _DENSITY[mask] = mask.keep.double().mean()
+        else:
+            _DENSITY[mask] = mask.density
+    return _DENSITY[mask]

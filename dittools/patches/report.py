@@ -1,0 +1,102 @@
+"""What an attachment did: densities, calls, time, and why calls stayed dense."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One site.
+
+    Attributes:
+        site: module path with the component in front.
+        layer: index in execution order.
+        sparse, dense, passed_through: calls run by a method, run dense though eligible, and left
+            alone because they are not the main self- or joint attention.
+        density: mean share of query-key pairs computed, over eligible calls; 1 when there are none.
+        sparse_density: the same over sparse calls only.
+    """
+
+    site: str
+    layer: int
+    sparse: int
+    dense: int
+    passed_through: int
+    density: float
+    sparse_density: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an attachment did since it was made or reset.
+
+    Attributes:
+        method: method names of the plan, densest knowledge first.
+        preset: where the settings come from.
+        family: model family, with the denoiser classes.
+        schedule: dense_first_steps, dense_last_steps, dense_layers.
+        density: mean share of query-key pairs computed over all eligible calls, dense steps as 1.
+        sparse_density: the same over sparse calls only; 1 when there are none.
+        calls: sparse, dense and passed_through.
+        attention_ms: time in eligible attention calls, dense ones included.
+        choosing_ms: part of it that sparse calls spent outside of attention kernels.
+        fallbacks: reason to number of calls that ran dense though the plan wanted otherwise.
+        fallback_sites: reason to the sites concerned.
+        coverage: sites selected, fired, and those that never fired with their processor class.
+        backends: backends that ran sparse calls.
+        branches, steps, forwards, grids: what was seen.
+        layers: one entry per site.
+        notes: remarks on attaching.
+    """
+
+    method: str
+    preset: str
+    family: str
+    schedule: dict[str, float | int]
+    density: float
+    sparse_density: float
+    calls: dict[str, int]
+    attention_ms: float
+    choosing_ms: float
+    fallbacks: dict[str, int]
+    fallback_sites: dict[str, list[str]]
+    coverage: dict[str, Any]
+    backends: list[str]
+    branches: list[str]
+    steps: int
+    forwards: int
+    grids: list[str]
+    notes: list[str] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Return a table of two columns."""
+        calls = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in self.calls.items())
+        rows = [
+            ("method", self.method),
+            ("settings", self.preset),
+            ("model", self.family),
+            ("density", f"{self.density:.3f} overall, {self.sparse_density:.3f} in sparse calls"),
+            ("calls", calls),
+            ("attention", f"{self.attention_ms:.1f} ms, {self.choosing_ms:.1f} of it choosing"),
+            ("backend", ", ".join(self.backends) or "dense only"),
+            ("grids", ", ".join(self.grids) or "none seen yet"),
+            ("sites", f"{self.coverage['fired']} of {self.coverage['selected']} fired"),
+        ]
+        rows += [
+            ("ran dense", f"{count} x {reason} ({_some(self.fallback_sites[reason])})")
+            for reason, count in self.fallbacks.items()
+        ]
+        rows += [("never fired", f"{s}: {why}") for s, why in self.coverage["never_fired"].items()]
+        rows += [("note", note) for note in self.notes]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def _some(sites: list[str]) -> str:
+    """Name the first site and how many more."""
+    return sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"

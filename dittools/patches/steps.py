@@ -1,0 +1,178 @@
+"""Which denoising step and which guidance branch a forward belongs to; read, never wrapped."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Place(NamedTuple):
+    """Where in the run a forward stands.
+
+    Attributes:
+        step: from 0.
+        steps: of the run, 0 when not known.
+        is_new_run: whether a run began with this forward.
+    """
+
+    step: int
+    steps: int
+    is_new_run: bool
+
+
+class StepClock:
+    """Finds the step from the pipeline's scheduler, or from changes of the timestep.
+
+    Shared by all denoisers of one attachment, so that two transformers count one run.
+
+    Args:
+        pipe: holds the scheduler; read at every forward, since users replace it. None when a
+            denoiser was attached on its own.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe: Callable[[], Any] = (lambda: None) if pipe is None else weakref.ref(pipe)
+        self._timesteps: Any = None
+        self._last_value: float | None = None
+        self._direction = 0.0
+        self._step = -1
+
+    def observe(self, timestep: Any) -> Place:
+        """Return the place of a forward that was given this timestep."""
+        scheduler = getattr(self._pipe(), "scheduler", None)
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or getattr(scheduler, "num_inference_steps", 1) is None:
+            return self._by_change(_first_value(timestep))
+        # set_timesteps makes a new tensor: that is what marks a run of one step as a new one
+        is_new = timesteps is not self._timesteps
+        self._timesteps = timesteps
+        begin = getattr(scheduler, "_begin_index", None) or 0
+        if is_new:
+            self._step = -1
+            self._last_value = None
+        step = self._by_scheduler(scheduler, timesteps, begin, timestep)
+        is_new = is_new or step < self._step
+        self._step = step
+        return Place(step, len(timesteps) - begin, is_new)
+
+    def _by_scheduler(self, scheduler: Any, timesteps: Any, begin: int, timestep: Any) -> int:
+        if hasattr(scheduler, "_step_index"):
+            index = scheduler._step_index
+            return max(0 if index is None else int(index) - begin, 0)
+        if isinstance(getattr(scheduler, "counter", None), int):  # PNDM repeats a timestep
+            return int(scheduler.counter)
+        value = _first_value(timestep)
+        matches = [i for i, t in enumerate(_values(timesteps)) if t == value]
+        later = [i for i in matches if i >= self._step]
+        if matches:
+            self._last_value = value
+            return (later or matches)[0]
+        if value != self._last_value:  # rescaled by the pipeline: count its changes
+            self._last_value = value
+            return self._step + 1
+        return max(self._step, 0)
+
+    def _by_change(self, value: float | None) -> Place:
+        """Without a scheduler a new value is a new step, and a change of direction a new run."""
+        last, self._last_value = self._last_value, value
+        if last is None or value is None or self._step < 0:
+            self._step, self._direction = 0, 0.0
+            return Place(0, 0, True)
+        if value == last:
+            return Place(self._step, 0, False)
+        direction = 1.0 if value > last else -1.0
+        if self._direction and direction != self._direction:
+            self._step, self._direction = 0, 0.0
+            return Place(0, 0, True)
+        self._direction = direction
+        self._step += 1
+        return Place(self._step, 0, False)
+
+
+def _first_value(timestep: Any) -> float | None:
+    """Return the first timestep of the batch; waits for the device."""
+    if isinstance(timestep, torch.Tensor):
+        return float(timestep.flatten()[0])
+    return None if timestep is None else float(timestep)
+
+
+def _values(timesteps: Any) -> Sequence[float]:
+    values: Sequence[float] = torch.as_tensor(timesteps).tolist()
+    return values
+
+
+_NAMES = {"pred_cond": "cond", "pred_uncond": "uncond"}
+HOOK_NAME = "dittools_branch"
+
+
+def follow_branch(denoiser: torch.nn.Module) -> "Callable[[], str | None]":
+    """Return a function that tells the name of the open `cache_context`, None outside of one.
+
+    diffusers pushes the name into every stateful hook of the module. Ours takes part in that list
+    without wrapping `forward`: offloading resets `forward`, and a wrapped one cannot be copied.
+    """
+    from diffusers.hooks import HookRegistry, ModelHook
+    from diffusers.hooks.hooks import HookFunctionReference, StateManager
+
+    class BranchName(StateManager):  # type: ignore[misc]
+        """Keeps the name of the context instead of a state per context."""
+
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.name: str | None = None
+
+        def set_context(self, context: Any) -> None:
+            name = getattr(context, "name", context)
+            self.name = None if name is None else _NAMES.get(name, str(name))
+
+        def reset(self, *args: Any, **kwargs: Any) -> None:
+            self.name = None
+
+    class BranchHook(ModelHook):  # type: ignore[misc]
+        """Receives the branch name; shared by copies of the model, left out of pickles."""
+
+        _is_stateful = True
+
+        def __init__(self, made_registry: bool) -> None:
+            super().__init__()
+            self.branch = BranchName()
+            self.made_registry = made_registry
+
+        def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+            self.branch.reset()
+            return module
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> "BranchHook":
+            return self
+
+        def __reduce__(self) -> Any:
+            return ModelHook, ()
+
+    hook = BranchHook(not hasattr(denoiser, "_diffusers_hook"))
+    registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+    registry.hooks[HOOK_NAME] = hook
+    registry._hook_order.insert(0, HOOK_NAME)
+    registry._fn_refs.insert(0, HookFunctionReference())
+    _forget_children(registry)
+    return lambda: hook.branch.name
+
+
+def unfollow_branch(denoiser: torch.nn.Module) -> None:
+    """Undo `follow_branch`; nothing happens when it was not called."""
+    registry = getattr(denoiser, "_diffusers_hook", None)
+    if registry is None or HOOK_NAME not in registry.hooks:
+        return
+    index = registry._hook_order.index(HOOK_NAME)
+    hook = registry.hooks.pop(HOOK_NAME)
+    registry._hook_order.pop(index)
+    registry._fn_refs.pop(index)
+    _forget_children(registry)
+    if hook.made_registry and not registry.hooks:
+        del denoiser._diffusers_hook
+
+
+def _forget_children(registry: Any) -> None:
+    forget = getattr(registry, "invalidate_child_registries_cache", None)  # from 0.38
+    if forget is not None:
+        forget()

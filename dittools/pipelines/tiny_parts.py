@@ -1,0 +1,63 @@
+"""Tokenizers, text encoders and autoencoders at toy size, shared by the toy pipelines."""
+
+from typing import Any
+
+_WORDS = (
+    "a the red green blue yellow circle square triangle moving left right up down over striped "
+    "plain background and cat dog in on of"
+)
+
+
+def tokenizer(kind: str = "t5", length: int = 16) -> Any:
+    """Return an in-memory word tokenizer.
+
+    Args:
+        kind: "t5" (text, end), "clip" (begin, text, end) or "chat" (text, with a chat template).
+        length: model_max_length.
+    """
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<unk>", "</s>", "<s>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *_WORDS.split()])}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = {"t5": "$A </s>", "clip": "<s> $A </s>", "chat": "$A"}[kind]
+    tokens = [(name, vocabulary[name]) for name in ("<s>", "</s>") if name in template]
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        model_max_length=length,
+    )
+    if kind == "chat":
+        wrapped.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return wrapped
+
+
+def t5(kind: str = "t5", width: int = 32) -> Any:
+    """Return a T5 or UMT5 encoder of that width."""
+    from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+    sizes = {"vocab_size": 1000, "d_model": width, "d_kv": 8, "d_ff": 37}
+    sizes |= {"num_layers": 2, "num_heads": 4}
+    if kind == "umt5":
+        return UMT5EncoderModel(UMT5Config(**sizes))
+    return T5EncoderModel(T5Config(**sizes))
+
+
+def wan_vae() -> Any:
+    """Return a toy Wan autoencoder: 8x in space, 4x in time, 16 channels."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=16,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+    )

@@ -1,0 +1,247 @@
+"""Plan files: JSON with a checked format and version, tensors in a safetensors file beside it."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dittools.errors import DitToolsError, PlanError
+from dittools.methods import METHODS, build, to_params
+from dittools.plans.plan import ModelFacts, Plan, Rule, Schedule
+
+FORMAT = "dittools-plan"
+VERSION = 1
+_KEYS = ("format", "version", "model", "schedule", "rules", "tensors", "provenance", "measured")
+_MODEL = ("class", "layers", "heads", "head_dim")
+_SCHEDULE = ("dense_first_steps", "dense_last_steps", "dense_layers")
+_RULE = ("layers", "heads", "steps", "method", "params")
+_TENSORS = ("file", "sha256")
+_REBUILD = "make the plan again, or copy it whole"
+
+
+def save_plan(plan: Plan, path: Path) -> Path:
+    """Write a plan and the tensors of it and of its methods; both files appear whole or not at all.
+
+    Raises:
+        PlanError: the folder cannot be written to, or a method is not one of METHODS.
+    """
+    tensors = dict(plan.tensors)
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION}
+    if plan.model is not None:
+        facts = plan.model
+        values = (facts.class_name, facts.layers, facts.heads, facts.head_dim)
+        content["model"] = dict(zip(_MODEL, values, strict=True))
+    content["schedule"] = {name: getattr(plan.schedule, name) for name in _SCHEDULE}
+    content["rules"] = [_rule_out(n, rule, tensors) for n, rule in enumerate(plan.rules)]
+    if tensors:
+        side = path.with_suffix(".safetensors")
+        blob = _tensor_bytes(tensors)
+        _write(side, blob)
+        content["tensors"] = {"file": side.name, "sha256": hashlib.sha256(blob).hexdigest()}
+    content["provenance"] = dict(plan.provenance)
+    content["measured"] = dict(plan.measured)
+    try:
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"the plan holds something JSON cannot: {error}") from error
+    _write(path, (text + "\n").encode())
+    return path
+
+
+def load_plan(path: Path) -> Plan:
+    """Return the plan of a file; see `Plan.load`."""
+    content = _read(path)
+    if content.get("format") != FORMAT:
+        raise PlanError(
+            f"{path} is not a plan", expected=f"format {FORMAT!r}", got=repr(content.get("format"))
+        )
+    if content.get("version") != VERSION:
+        raise PlanError(
+            f"{path} has another version",
+            expected=f"version {VERSION}",
+            got=repr(content.get("version")),
+            remedy="a dittools of the version that wrote it",
+        )
+    _only(content, _KEYS, f"{path}")
+    tensors = _tensors_in(content.get("tensors"), path)
+    rules = content.get("rules")
+    if not isinstance(rules, list):
+        raise PlanError(f"{path} holds no rules", expected="a list", got=repr(rules))
+    used: set[str] = set()
+    plan_rules = tuple(_rule_in(n, rule, tensors, used, path) for n, rule in enumerate(rules))
+    return Plan(
+        plan_rules,
+        Schedule(**_part(content, "schedule", _SCHEDULE, path)),
+        _model_in(content.get("model"), path),
+        {name: tensor for name, tensor in tensors.items() if name not in used},
+        _part(content, "provenance", None, path),
+        _part(content, "measured", None, path),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file, or say why there is none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise PlanError(
+            f"no plan file at {path}", remedy=f"a method name: {', '.join(METHODS)}"
+        ) from error
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise PlanError(
+            f"{path} is damaged or cut short", expected="JSON", got=str(error), remedy=_REBUILD
+        ) from error
+    if not isinstance(content, dict):
+        raise PlanError(f"{path} is not a plan", expected="a JSON object", remedy=_REBUILD)
+    return content
+
+
+def _only(content: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    unknown = sorted(set(content) - set(allowed))
+    if unknown:
+        raise PlanError(
+            f"{where} has unknown keys",
+            expected=", ".join(allowed),
+            got=", ".join(unknown),
+            remedy="remove them, or a newer dittools",
+        )
+
+
+def _part(
+    content: dict[str, Any], name: str, allowed: tuple[str, ...] | None, path: Path
+) -> dict[str, Any]:
+    """Return one object of the plan, empty when it is left out."""
+    part = content.get(name, {})
+    if not isinstance(part, dict):
+        raise PlanError(f"{name} of {path} is malformed", expected="an object", got=repr(part))
+    if allowed is not None:
+        _only(part, allowed, f"{name} of {path}")
+    return part
+
+
+def _model_in(content: Any, path: Path) -> ModelFacts | None:
+    if content is None:
+        return None
+    model = _part({"model": content}, "model", _MODEL, path)
+    numbers = [model.get(name) for name in _MODEL[1:]]
+    if not isinstance(model.get("class"), str) or not all(type(n) is int for n in numbers):
+        raise PlanError(
+            f"model of {path} is malformed",
+            expected="a class name and whole numbers for layers, heads, head_dim",
+            got=repr(model),
+        )
+    return ModelFacts(model["class"], model["layers"], model["heads"], model["head_dim"])
+
+
+def _rule_out(number: int, rule: Rule, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if rule.method.name not in METHODS:
+        raise PlanError(
+            f"method {rule.method.name!r} cannot be stored in a plan",
+            expected=f"one of {', '.join(METHODS)}",
+        )
+    params = {}
+    for name, value in to_params(rule.method).items():
+        if isinstance(value, torch.Tensor):
+            key = f"rules.{number}.{name}"
+            tensors[key] = value
+            params[name] = {"tensor": key}
+        else:
+            params[name] = value
+    choice = {name: getattr(rule, name) for name in ("layers", "heads", "steps")}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in choice.items()}
+    return {**plain, "method": rule.method.name, "params": params}
+
+
+def _rule_in(
+    number: int, content: Any, tensors: dict[str, torch.Tensor], used: set[str], path: Path
+) -> Rule:
+    where = f"rule {number} of {path}"
+    if not isinstance(content, dict) or not isinstance(content.get("method"), str):
+        raise PlanError(f"{where} is malformed", expected="an object that names a method")
+    _only(content, _RULE, where)
+    params = content.get("params", {})
+    if not isinstance(params, dict):
+        raise PlanError(f"params of {where} are malformed", expected="an object", got=repr(params))
+    filled = {}
+    for name, value in params.items():
+        if isinstance(value, dict) and set(value) == {"tensor"}:
+            if value["tensor"] not in tensors:
+                raise PlanError(f"{where} lacks tensor {value['tensor']!r}", remedy=_REBUILD)
+            used.add(value["tensor"])
+            value = tensors[value["tensor"]]
+        filled[name] = value
+    choice = {name: content.get(name, "all") for name in ("layers", "heads", "steps")}
+    try:
+        return Rule(
+            build(content["method"], filled),
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in choice.items()},
+        )
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
+    except DitToolsError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    ready = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    blob: bytes = save(ready)
+    return blob
+
+
+def _tensors_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the side file after comparing its checksum."""
+    if content is None:
+        return {}
+    part = _part({"tensors": content}, "tensors", _TENSORS, path)
+    name = part.get("file")
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        raise PlanError(
+            f"tensors of {path} are malformed",
+            expected="the name of a .safetensors file in the same folder",
+            got=repr(name),
+        )
+    side = path.parent / name
+    try:
+        blob = side.read_bytes()
+    except OSError as error:
+        raise PlanError(
+            f"the tensors of {path} are missing", expected=str(side), remedy="copy both files"
+        ) from error
+    digest = hashlib.sha256(blob).hexdigest()
+    if digest != part.get("sha256"):
+        raise PlanError(
+            f"{side} is damaged or belongs to another plan",
+            expected=f"sha256 {part.get('sha256')}",
+            got=digest,
+            remedy=_REBUILD,
+        )
+    from safetensors.torch import load
+
+    tensors: dict[str, torch.Tensor] = load(blob)
+    return tensors
+
+
+def _write(path: Path, blob: bytes) -> None:
+    """Write a file under its final name only when it is whole."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(blob)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise PlanError(
+            f"cannot write {path}: {error.strerror or error}", remedy="a folder you may write to"
+        ) from error
