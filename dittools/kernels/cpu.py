@@ -1,5 +1,7 @@
 """The CPU backend: the native kernel, or gathered blocks and SDPA where that cannot run."""
 
+import math
+
 import torch
 
 from dittools.call import AttentionCall
@@ -9,7 +11,25 @@ from dittools.kernels.common import dense_attention, from_slots, misfit, to_slot
 from dittools.kernels.cpu_grouped import grouped_attention
 from dittools.mask import BlockMask
 
-_GROUPED_BREAK_EVEN = {torch.float32: 0.35}
+# Computed share up to which sparse beats dense SDPA, by the size of the dense call in multiply-adds
+# of one product (B * H * S * S_k * D): rows of (size below which the share holds, share).
+# Measured with `bench/kernels.py --threads 2 --heads 2` on two Xeon cores with AVX-512 and AMX, torch
+# 2.13, 64 to 4,096 tokens, head_dim 64 and 128; the AVX2 rows with ATEN_CPU_CAPABILITY,
+# ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS set to AVX2. Time over dense at share .5 / 1:
+#   native fp32  128 tokens .71-.90 / .97-1.12, 256 .62 / .93-.99, 4,096 .41-.46 / .80-.91
+#   native fp32 AVX2  256 tokens .6 / 1.02, 4,096 .52 / 1.01-1.04
+#   native bf16 with AMX  256 tokens .96-1.02 / 1.03-1.22, 512 .61-.67 / .81, 4,096 .32-.37 / .6-.69
+#   native bf16, kernel without AMX, torch with it  4,096 tokens, share .25: .63-.91
+#   grouped, share .25: fp32 512 tokens .78, 4,096 (.31) .61-.71; bf16 512 1.3, 4,096 (.31) .73-.93
+_SMALL = 10e6
+_BREAK_EVEN: dict[str, tuple[tuple[float, float], ...]] = {
+    "native": ((2e6, 0.0), (_SMALL, 0.75), (math.inf, 1.0)),
+    "native avx2": ((2e6, 0.0), (_SMALL, 0.75), (math.inf, 0.95)),
+    "native amx": ((_SMALL, 0.0), (25e6, 0.75), (math.inf, 1.0)),
+    "native without amx": ((200e6, 0.0), (math.inf, 0.25)),
+    "grouped": ((_SMALL, 0.0), (math.inf, 0.35)),
+    "grouped bf16": ((200e6, 0.0), (math.inf, 0.25)),
+}
 
 
 class CpuBackend:
@@ -33,8 +53,23 @@ class CpuBackend:
         return reasons + native.not_supported(call, mask)
 
     def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
-        """Whether dense attention would be at least as fast as this mask."""
-        return mask.computed > _GROUPED_BREAK_EVEN.get(call.query.dtype, 0.25)
+        """Whether dense attention would be at least as fast, from a measured table."""
+        batch, queries, heads, dim = call.query.shape
+        size = batch * heads * queries * call.key.shape[1] * dim
+        rows = _BREAK_EVEN[self._speed_class(call, mask)]
+        share = next(share for below, share in rows if size < below)
+        return mask.computed > share
+
+    def _speed_class(self, call: AttentionCall, mask: BlockMask) -> str:
+        narrow = call.query.dtype == torch.bfloat16
+        if self.not_native(call, mask):
+            return "grouped bf16" if narrow else "grouped"
+        status = native.status()
+        if narrow and status.amx:
+            return "native amx"
+        if narrow and "amx_bf16" in native.cpu_features():
+            return "native without amx"
+        return "native" if status.build in ("amx", "avx512") else "native avx2"
 
     def dense(self, call: AttentionCall) -> torch.Tensor:
         """Return [B, S, H, D]: attention over all keys."""

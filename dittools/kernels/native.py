@@ -54,7 +54,7 @@ _SIZES = (
 class _Call(ctypes.Structure):
     """Mirrors DittoolsCall in native.cpp; the size is compared on every call."""
 
-    _fields_ = [  # noqa: RUF012 - ctypes wants a plain list
+    _fields_ = [
         ("abi", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
         *((f"{name}_stride", _Three) for name in ("query", "key", "value", "out", "lse")),
@@ -225,7 +225,7 @@ def _find(wanted: str) -> "Native | NativeStatus":
         return NativeStatus(False, reason="turned off by DITTOOLS_NATIVE=0")
     if sys.platform != "linux":
         return NativeStatus(False, reason=f"it is built on Linux only, this is {sys.platform}")
-    features = _cpu_features()
+    features = cpu_features()
     builds = [name for name, needs in BUILDS.items() if set(needs) <= features]
     if wanted != "1":
         if wanted not in builds:
@@ -253,7 +253,8 @@ def _first_error(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _cpu_features() -> set[str]:
+def cpu_features() -> set[str]:
+    """Return the instruction sets of this CPU as Linux names them; empty elsewhere."""
     info = Path("/proc/cpuinfo")
     for line in info.read_text().splitlines() if info.exists() else []:
         if line.startswith("flags"):
