@@ -201,7 +201,7 @@ def model_facts(denoiser: torch.nn.Module, paths: list[str]) -> ModelFacts:
     """Return what plans must know of a denoiser; heads and head_dim of its widest site."""
     widest = (0, 0)
     for path in paths:
-        module = denoiser.get_submodule(path)
+        module: Any = denoiser.get_submodule(path)
         heads = int(module.heads)
         inner = getattr(module, "inner_dim", None)
         if inner is None:
@@ -218,7 +218,7 @@ def _components(pipe: Any) -> Mapping[str, Any]:
 
 
 def _denoisers(pipe: Any) -> list[tuple[str, torch.nn.Module]]:
-    """Return modules that are denoisers by family or by their usual name, torch.compile unwrapped."""
+    """Return modules that are denoisers by family or usual name, torch.compile unwrapped."""
     parts = _components(pipe)
     if not parts:
         raise AttachError(

@@ -27,13 +27,14 @@ class RootHook:
     """Forward pre-hook of a denoiser; copies of the model share it, pickles leave it out."""
 
     def __init__(self, root: Root) -> None:
+        """Follow the forwards of one denoiser."""
         self.root = root
         # copies of the denoiser bring modules of their own
         self._modules: weakref.WeakKeyDictionary[torch.nn.Module, list[torch.nn.Module]] = (
             weakref.WeakKeyDictionary()
         )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from typing import overload
 
 import torch
 
@@ -16,22 +17,23 @@ _DENSITY: "weakref.WeakKeyDictionary[BlockMask, float | torch.Tensor]" = weakref
 
 
 class Meter:
-    """Runs one site's call on a backend and measures it.
-
-    Args:
-        backend: what `resolve` returned.
-        whole: the call of the site with all heads, None when heads are split.
-        stock: computes `whole` as the stock pipeline would, bit for bit.
-        watch: gets the time of the backend's work.
-    """
+    """Runs one site's call on a backend and measures it."""
 
     def __init__(
         self,
         backend: Backend,
-        whole: AttentionCall | None,
+        whole: AttentionCall,
         stock: Callable[[], torch.Tensor],
         watch: Stopwatch,
     ) -> None:
+        """Start with nothing counted.
+
+        Args:
+            backend: what `resolve` returned.
+            whole: the call of the site with all its heads.
+            stock: computes `whole` as the stock pipeline would, bit for bit.
+            watch: gets the time of the backend's work.
+        """
         self._backend, self._whole, self._stock, self._watch = backend, whole, stock, watch
         self.name = backend.name
         self.used: set[str] = set()
@@ -57,6 +59,14 @@ class Meter:
             if call is self._whole:
                 return self._stock()
             return self._backend.dense(call)
+
+    @overload
+    def block_sparse(self, call: AttentionCall, mask: BlockMask) -> torch.Tensor: ...
+
+    @overload
+    def block_sparse(
+        self, call: AttentionCall, mask: BlockMask, *, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def block_sparse(
         self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False

@@ -24,7 +24,8 @@ def attend_op(
     backend: str,
 ) -> torch.Tensor:
     """Return attention of one site, contiguous, in the layout of `original`."""
-    options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+    options: dict[str, object] = {"attn_mask": attn_mask, "dropout_p": dropout_p}
+    options |= {"is_causal": is_causal}
     options |= {"scale": scale, "enable_gqa": enable_gqa}
     if not ORIGINALS[original].heads_first and backend:
         options["backend"] = backend

@@ -66,6 +66,7 @@ class Runtime:
     """State of one attachment, shared by its denoisers and by copies of them."""
 
     def __init__(self, plan: Plan, backend: Backend, pipe: Any, check_finite: bool) -> None:
+        """Start with nothing counted; `pipe` holds the scheduler, None for a bare denoiser."""
         self.plan = plan
         self.backend = backend
         self.check_finite = check_finite
@@ -112,12 +113,13 @@ class Root:
     """One attached denoiser: follows its forwards and answers its sites."""
 
     def __init__(self, component: str, family: Family, runtime: Runtime) -> None:
+        """Start without sites; `install` adds them."""
         self.component, self.family, self.runtime = component, family, runtime
         self.sites: list[Site] = []
         self.branch_name: Callable[[], str | None] = lambda: None
         self.moment: Moment | None = None
         self._unnamed: tuple[int, int] = (-1, 0)  # step, unnamed forwards seen in it
-        self._signatures: "weakref.WeakKeyDictionary[type, inspect.Signature]" = (
+        self._signatures: weakref.WeakKeyDictionary[type, inspect.Signature] = (
             weakref.WeakKeyDictionary()
         )
 

@@ -6,6 +6,7 @@ site. `processor.__class__` is swapped, so the object, its attributes and its si
 """
 
 import copy
+import copyreg
 import functools
 import itertools
 import sys
@@ -56,7 +57,8 @@ def is_shadow(kind: type) -> bool:
 
 def stock_of(kind: type) -> type:
     """Return the stock class behind a shadow, any other class as it is."""
-    return kind.__dict__.get("_dit_stock", kind)
+    stock: type = kind.__dict__.get("_dit_stock", kind)
+    return stock
 
 
 def shadow_of(kind: type) -> type | None:
@@ -91,9 +93,9 @@ def _make_shadow(kind: type, call: types.FunctionType) -> type:
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         """Pickle as the stock class, which needs no dittools to load."""
-        function, arguments, *rest = super(shadow, self).__reduce_ex__(protocol)
-        arguments = tuple(kind if value is shadow else value for value in arguments)
-        return (function, arguments, *rest)
+        _, _, *rest = super(shadow, self).__reduce_ex__(protocol)
+        # not copyreg.__newobj__, which the pickler ties to the object's own class
+        return (copyreg._reconstructor, (kind, object, None), *rest)  # type: ignore[attr-defined]
 
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         """Copy as a shadow, so that a copied model stays attached."""
@@ -111,9 +113,10 @@ def _make_shadow(kind: type, call: types.FunctionType) -> type:
         "__doc__": kind.__doc__,
         "_dit_stock": kind,
     }
-    shadow: type = type(kind.__name__, (kind,), names)
+    shadow: Any = type(kind.__name__, (kind,), names)
     _register_metadata(kind, shadow)
-    return shadow
+    made: type = shadow
+    return made
 
 
 def _register_metadata(kind: type, shadow: type) -> None:
@@ -297,7 +300,7 @@ def _traced(
     """Call the opaque op: all that varies between layers and steps is looked up when it runs."""
     backend = options.get("backend")
     scale = options.get("scale")
-    return attend_op(
+    out: torch.Tensor = attend_op(
         query,
         key,
         value,
@@ -310,3 +313,4 @@ def _traced(
         bool(options.get("enable_gqa")),
         "" if backend is None else str(getattr(backend, "value", backend)),
     )
+    return out

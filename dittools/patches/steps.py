@@ -25,13 +25,15 @@ class StepClock:
     """Finds the step from the pipeline's scheduler, or from changes of the timestep.
 
     Shared by all denoisers of one attachment, so that two transformers count one run.
-
-    Args:
-        pipe: holds the scheduler; read at every forward, since users replace it. None when a
-            denoiser was attached on its own.
     """
 
     def __init__(self, pipe: Any) -> None:
+        """Follow a pipeline.
+
+        Args:
+            pipe: holds the scheduler; read at every forward, since users replace it. None when a
+                denoiser was attached on its own.
+        """
         self._pipe: Callable[[], Any] = (lambda: None) if pipe is None else weakref.ref(pipe)
         self._timesteps: Any = None
         self._last_value: float | None = None

@@ -13,6 +13,7 @@ class Stopwatch:
     """Adds up spans of work: wall time on the CPU, events on CUDA."""
 
     def __init__(self) -> None:
+        """Start at zero."""
         self._seconds = 0.0
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -1,4 +1,4 @@
-"""Toy pipelines: real diffusers classes, random weights, no download; for tests and for trying out."""
+"""Toy pipelines: real diffusers classes, random weights, no download; for trying out."""
 
 from collections.abc import Callable
 from typing import Any
