@@ -65,7 +65,10 @@ def separable_mask(
     number[codes] = torch.arange(len(codes), dtype=torch.int32)
     index[:grid_blocks, :grid_blocks][partial] = number[code[partial]]
     bits = [pack_bits(_outer(codes, table))]
-    bits.append(_cut_padding(order, size, grid_blocks, index, start=len(codes)))
+    outside = torch.ones_like(keep)
+    outside[:grid_blocks, :grid_blocks] = False
+    valid = (order.index[0] >= 0).view(-1, size)
+    bits.append(cut_padding(valid, valid, outside, index, start=len(codes)))
     tiles = torch.cat(bits)
     return BlockMask(
         keep[None],
@@ -116,20 +119,102 @@ def _outer(codes: torch.Tensor, table: list[torch.Tensor]) -> torch.Tensor:
     return bits.reshape(len(codes), size, size)
 
 
-def _cut_padding(
-    order: TokenOrder, size: int, grid_blocks: int, index: torch.Tensor, start: int
+def cut_padding(
+    valid_rows: torch.Tensor,
+    valid_columns: torch.Tensor,
+    keep: torch.Tensor,
+    index: torch.Tensor,
+    start: int,
 ) -> torch.Tensor:
-    """Give block pairs with text the bit tile that leaves padding slots out; return the tiles."""
-    valid = (order.index[0] >= 0).view(-1, size)
-    blocks = len(valid)
-    if blocks == grid_blocks or bool(valid.all()):
+    """Give block pairs outside the grid the bit tiles that leave padding out; return the tiles.
+
+    Args:
+        valid_rows: bool [q_blocks, size], the slots that hold a token.
+        valid_columns: bool [kv_blocks, size].
+        keep: bool [q_blocks, kv_blocks], the pairs to look at, kept whole so far.
+        index: int32 like keep, changed in place where a pair is cut.
+        start: number of the first tile returned.
+    """
+    size = valid_rows.shape[1]
+    if bool(valid_rows.all()) and bool(valid_columns.all()):
         return torch.zeros((0, size, -(-size // 8)), dtype=torch.uint8)
-    kinds, kind = torch.unique(valid, dim=0, return_inverse=True)
-    whole = kinds.all(1)
-    pair = kind[:, None] * len(kinds) + kind
-    with_text = torch.ones((blocks, blocks), dtype=torch.bool)
-    with_text[:grid_blocks, :grid_blocks] = False
-    cut = with_text & ~(whole[kind][:, None] & whole[kind])
-    index[cut] = (start + pair[cut]).int()
+    kinds, kind = torch.unique(torch.cat((valid_rows, valid_columns)), dim=0, return_inverse=True)
+    whole, row, column = kinds.all(1), kind[: len(valid_rows)], kind[len(valid_rows) :]
+    cut = keep & ~(whole[row][:, None] & whole[column])
+    index[cut] = (start + row[:, None] * len(kinds) + column)[cut].int()
     both = kinds[:, None, :, None] & kinds[None, :, None, :]
     return pack_bits(both.reshape(-1, size, size))
+
+
+def offset_mask(
+    grid: TokenGrid, allowed: torch.Tensor, tile: tuple[int, int], extra: int = 0
+) -> BlockMask:
+    """Keep a pair iff its spatial offset is allowed, whatever the frames; exact to the token.
+
+    Text attends to and is attended by everything. Offsets repeat from tile to tile, so only one bit
+    tile per tile offset and kind of border is built.
+
+    Args:
+        grid: geometry of the sequence.
+        allowed: bool [2 height - 1, 2 width - 1]; entry (height - 1 + dy, width - 1 + dx) says
+            whether a key at (y + dy, x + dx) is seen from (y, x).
+        tile: tokens of one block along height and width.
+        extra: extra keys behind the sequence, seen by the grid's queries and not by text.
+    """
+    order = TokenOrder.tiles(grid, (1, *tile))
+    size, down, across = tile[0] * tile[1], -(-grid.height // tile[0]), -(-grid.width // tile[1])
+    valid = (order.index[0] >= 0).view(-1, size)
+    grid_blocks, q_blocks = grid.frames * down * across, len(valid)
+    frame_valid = valid[: down * across]
+    kinds, kind = torch.unique(frame_valid, dim=0, return_inverse=True)
+    where = torch.arange(down * across)
+    dy = (where // across)[None] - (where // across)[:, None] + down - 1
+    dx = (where % across)[None] - (where % across)[:, None] + across - 1
+    code = (dy * (2 * across - 1) + dx) * len(kinds) ** 2 + kind[:, None] * len(kinds) + kind
+    codes, number = torch.unique(code, return_inverse=True)
+    patterns = _offset_patterns(codes, allowed, tile, (down, across), kinds)
+    some, every = patterns.flatten(1).any(1), patterns.flatten(1).all(1)
+    cut = some & ~every
+    position = torch.where(cut, cut.cumsum(0) - 1, -1).int()[number]
+
+    kv_blocks = q_blocks + -(-extra // size)
+    keep = torch.ones((q_blocks, kv_blocks), dtype=torch.bool)
+    keep[grid_blocks:, q_blocks:] = False
+    keep[:grid_blocks, :grid_blocks] = some[number].repeat(grid.frames, grid.frames)
+    index = torch.full((q_blocks, kv_blocks), -1, dtype=torch.int32)
+    index[:grid_blocks, :grid_blocks] = position.repeat(grid.frames, grid.frames)
+    behind = (torch.arange((kv_blocks - q_blocks) * size) < extra).view(-1, size)
+    outside = keep.clone()
+    outside[:grid_blocks, :grid_blocks] = False
+    borders = cut_padding(valid, torch.cat((valid, behind)), outside, index, int(cut.sum()))
+    tiles = torch.cat((pack_bits(patterns[cut]), borders))
+    return BlockMask(
+        keep[None],
+        size,
+        tile_index=index[None] if len(tiles) else None,
+        tiles=tiles if len(tiles) else None,
+        order=order,
+        q_tokens=grid.total,
+        kv_tokens=grid.total + extra,
+    )
+
+
+def _offset_patterns(
+    codes: torch.Tensor,
+    allowed: torch.Tensor,
+    tile: tuple[int, int],
+    counts: tuple[int, int],
+    kinds: torch.Tensor,
+) -> torch.Tensor:
+    """Return bool [n, size, size]: the pattern of each (tile offset, kind of rows, of columns)."""
+    offset, pair = codes // len(kinds) ** 2, codes % len(kinds) ** 2
+    dy = (offset // (2 * counts[1] - 1) - counts[0] + 1) * tile[0]
+    dx = (offset % (2 * counts[1] - 1) - counts[1] + 1) * tile[1]
+    place = torch.arange(tile[0] * tile[1])
+    row, column = place // tile[1], place % tile[1]
+    y = dy[:, None, None] + row - row[:, None] + allowed.shape[0] // 2
+    x = dx[:, None, None] + column - column[:, None] + allowed.shape[1] // 2
+    inside = (y >= 0) & (y < allowed.shape[0]) & (x >= 0) & (x < allowed.shape[1])
+    seen = allowed[y.clamp(0, allowed.shape[0] - 1), x.clamp(0, allowed.shape[1] - 1)] & inside
+    rows, columns = kinds[pair // len(kinds)], kinds[pair % len(kinds)]
+    return seen & rows[:, :, None] & columns[:, None, :]

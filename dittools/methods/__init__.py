@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from dittools.errors import UnknownMethod
 from dittools.methods.base import GridMethod, Method, Preset
+from dittools.methods.clear import Clear
 from dittools.methods.dense import Dense
 from dittools.methods.gna import GNA
 from dittools.methods.presets import ALIASES, DEFAULT_DENSE_STEPS, PUBLISHED
@@ -14,7 +15,7 @@ from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.methods.sta import STA
 
 METHODS: dict[str, type[Any]] = {
-    m.name: m for m in (Dense, Radial, GNA, STA, SparseVDiT, RandomBlocks)
+    m.name: m for m in (Dense, Radial, GNA, STA, Clear, SparseVDiT, RandomBlocks)
 }
 
 __all__ = ["METHODS", "GridMethod", "Method", "Preset", "build", "preset", "to_params"]

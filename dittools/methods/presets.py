@@ -57,6 +57,12 @@ PUBLISHED: dict[tuple[str, str], Published] = {
         0,
         _GNA + "its comparison at 58.3 % sparsity, HunyuanVideo 720p",
     ),
+    ("clear", "flux"): Published(
+        {"radius": 32, "proportional": True},
+        0.25,
+        0,
+        "Huage001/CLEAR at high resolution with stock weights, for which nothing is published",
+    ),
     ("sparse_vdit", "cogvideox15"): Published({"density": 0.265}, 0, 0, _VDIT),
     ("sparse_vdit", "hunyuan_video"): Published({"density": 0.15}, 10, 0, _VDIT),
     ("sparse_vdit", "wan"): Published({"density": 0.298}, 10, 0, _VDIT),
