@@ -14,9 +14,13 @@ from dittools.mask import BlockMask
 _MODULES: dict[str, tuple[str, str]] = {
     "reference": ("dittools.kernels.reference", "ReferenceBackend"),
     "cpu": ("dittools.kernels.cpu", "CpuBackend"),
+    "flex": ("dittools.kernels.flex", "FlexBackend"),
     "triton": ("dittools.kernels.triton_backend", "TritonBackend"),
 }
-_AUTO: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+_AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "flex", "reference"),
+}
 _LOADED: dict[str, "Backend"] = {}
 
 
