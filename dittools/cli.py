@@ -248,3 +248,8 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
         console.print(report["accelerated"]["text"], markup=False, highlight=False)
     for name, path in files.items():
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+from dittools.commands import quality as _quality  # noqa: E402 -- commands print through this module
+
+app.command()(_quality.quality)

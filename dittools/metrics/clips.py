@@ -50,7 +50,9 @@ def opencv() -> ModuleType:
 
 
 def find_clips(folder: Path) -> list[Path]:
-    """Return the videos and images of a folder, sorted; hidden files are left out.
+    """Return the videos of a folder, or its images where it has no video, sorted.
+
+    Hidden files are left out.
 
     Raises:
         InputError: no such folder, or nothing to measure in it.
@@ -59,11 +61,9 @@ def find_clips(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise InputError("no such folder", expected="a folder of clips", got=str(folder))
-    found = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in VIDEO + IMAGE and not path.name.startswith(".")
-    )
+    seen = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    videos = [path for path in seen if path.suffix.lower() in VIDEO]
+    found = videos or [path for path in seen if path.suffix.lower() in IMAGE]
     if not found:
         raise InputError(
             f"{folder} holds no clip", expected=f"files named {', '.join('*' + s for s in VIDEO)}"

@@ -144,18 +144,25 @@ def _texture(frames: Frames, grounds: NDArray[np.intp]) -> str | None:
 
 def _patches(mask: Mask) -> list[list[Mask]]:
     """Return the 4-connected patches of each frame of [F, H, W]."""
-    count, height, width = mask.shape
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:  # every pixel takes the largest label among itself and its neighbours
-        padded = np.pad(label, ((0, 0), (1, 1), (1, 1)))
-        spread = label
-        for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
-            spread = np.maximum(spread, padded[:, dy : dy + height, dx : dx + width])
-        spread = np.where(mask, spread, 0)
+    while True:  # until neither rows nor columns join anything
+        spread = _level_runs(_level_runs(label).swapaxes(1, 2)).swapaxes(1, 2)
         if np.array_equal(spread, label):
             break
         label = spread
-    return [[label[f] == i for i in np.unique(label[f]) if i] for f in range(count)]
+    return [[frame == i for i in np.unique(frame) if i] for frame in label]
+
+
+def _level_runs(label: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Give every unbroken run along the last axis the largest label in it; 0 is no label."""
+    inside = label > 0
+    first = inside & ~np.pad(inside, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+    run = np.cumsum(first).reshape(label.shape)[inside]
+    largest = np.zeros(int(first.sum()) + 1, dtype=label.dtype)
+    np.maximum.at(largest, run, label[inside])
+    levelled = np.zeros_like(label)
+    levelled[inside] = largest[run]
+    return levelled
 
 
 def _centre(mask: Mask) -> tuple[float, float]:
