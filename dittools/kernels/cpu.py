@@ -13,7 +13,7 @@ from dittools.mask import BlockMask
 
 # Computed share up to which sparse beats dense SDPA, by the size of the dense call in multiply-adds
 # of one product (B * H * S * S_k * D): rows of (size below which the share holds, share).
-# Measured with `bench/kernels.py --threads 2 --heads 2` on two Xeon cores with AVX-512 and AMX, torch
+# Measured with `bench/kernels.py --threads 2` on two Xeon cores with AVX-512 and AMX, torch
 # 2.13, 64 to 4,096 tokens, head_dim 64 and 128; the AVX2 rows with ATEN_CPU_CAPABILITY,
 # ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS set to AVX2. Time over dense at share .5 / 1:
 #   native fp32  128 tokens .71-.90 / .97-1.12, 256 .62 / .93-.99, 4,096 .41-.46 / .80-.91

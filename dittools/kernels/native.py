@@ -237,14 +237,25 @@ def _find(wanted: str) -> "Native | NativeStatus":
     reason = ""
     for build in builds:
         try:
-            native = Native(_built(build, compiler), build, compiler)
-            _self_test(native)
+            return _opened(build, compiler)
         except (OSError, subprocess.SubprocessError, UnsupportedCall) as error:
             said = getattr(error, "stderr", None) or str(error)
             reason = f"build {build} failed: {_first_error(said)}"
-        else:
-            return native
     return NativeStatus(False, reason=reason, compiler=compiler)
+
+
+def _opened(build: str, compiler: str) -> Native:
+    """Return one build, loaded and tested; a damaged file in the cache is built anew, once."""
+    library, compiled_now = _built(build, compiler)
+    try:
+        native = Native(library, build, compiler)
+    except OSError:
+        if compiled_now:
+            raise
+        library.unlink(missing_ok=True)
+        native = Native(_built(build, compiler)[0], build, compiler)
+    _self_test(native)
+    return native
 
 
 def _first_error(text: str) -> str:
@@ -267,8 +278,8 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _built(build: str, compiler: str) -> Path:
-    """Return the shared object of one build, compiled now unless the cache has it."""
+def _built(build: str, compiler: str) -> tuple[Path, bool]:
+    """Return the shared object of one build and whether it was compiled now, not found."""
     flags = FLAGS + [f"-m{name.replace('amx_', 'amx-').replace('_', '')}" for name in BUILDS[build]]
     version = subprocess.run(
         [compiler, "--version"], check=True, capture_output=True, text=True, timeout=60
@@ -279,7 +290,7 @@ def _built(build: str, compiler: str) -> Path:
     folder = _writable(cache_dir())
     library = folder / f"dittools-{build}-{key}.so"
     if library.exists():
-        return library
+        return library, False
     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
         item, made = Path(scratch, "native.o"), Path(scratch, "native.so")
         link = [str(runtime)] if runtime else ["-fopenmp"]
@@ -289,7 +300,7 @@ def _built(build: str, compiler: str) -> Path:
         ):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
         made.replace(library)  # atomic: another process sees the whole file or none
-    return library
+    return library, True
 
 
 def _openmp() -> Path | None:
