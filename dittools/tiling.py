@@ -167,20 +167,19 @@ def offset_mask(
     grid_blocks, q_blocks = grid.frames * down * across, len(valid)
     frame_valid = valid[: down * across]
     kinds, kind = torch.unique(frame_valid, dim=0, return_inverse=True)
-    where = torch.arange(down * across)
-    dy = (where // across)[None] - (where // across)[:, None] + down - 1
-    dx = (where % across)[None] - (where % across)[:, None] + across - 1
-    code = (dy * (2 * across - 1) + dx) * len(kinds) ** 2 + kind[:, None] * len(kinds) + kind
-    codes, number = torch.unique(code, return_inverse=True)
+    codes, number = _offset_codes(allowed, tile, (down, across), kind, len(kinds))
     patterns = _offset_patterns(codes, allowed, tile, (down, across), kinds)
     some, every = patterns.flatten(1).any(1), patterns.flatten(1).all(1)
     cut = some & ~every
-    position = torch.where(cut, cut.cumsum(0) - 1, -1).int()[number]
+    position = torch.where(cut, cut.cumsum(0) - 1, -1).int()[number]  # number -1: out of reach
+    position[number < 0] = -1
 
     kv_blocks = q_blocks + -(-extra // size)
     keep = torch.ones((q_blocks, kv_blocks), dtype=torch.bool)
     keep[grid_blocks:, q_blocks:] = False
-    keep[:grid_blocks, :grid_blocks] = some[number].repeat(grid.frames, grid.frames)
+    keep[:grid_blocks, :grid_blocks] = (some[number] & (number >= 0)).repeat(
+        grid.frames, grid.frames
+    )
     index = torch.full((q_blocks, kv_blocks), -1, dtype=torch.int32)
     index[:grid_blocks, :grid_blocks] = position.repeat(grid.frames, grid.frames)
     behind = (torch.arange((kv_blocks - q_blocks) * size) < extra).view(-1, size)
@@ -197,6 +196,33 @@ def offset_mask(
         q_tokens=grid.total,
         kv_tokens=grid.total + extra,
     )
+
+
+def _offset_codes(
+    allowed: torch.Tensor,
+    tile: tuple[int, int],
+    counts: tuple[int, int],
+    kind: torch.Tensor,
+    kinds: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes int64 [n] of all tile pairs within reach, and each pair's place there or -1.
+
+    A code names the offset between two tiles and the kinds of border they lie on.
+    """
+    down, across = counts
+    y, x = allowed.nonzero(as_tuple=True)
+    far_y = int((y - allowed.shape[0] // 2).abs().max()) if len(y) else 0
+    far_x = int((x - allowed.shape[1] // 2).abs().max()) if len(x) else 0
+    where = torch.arange(down * across)
+    dy = (where // across)[None] - (where // across)[:, None]
+    dx = (where % across)[None] - (where % across)[:, None]
+    near = ((dy.abs() - 1) * tile[0] < far_y) & ((dx.abs() - 1) * tile[1] < far_x)
+    code = (dy + down - 1) * (2 * across - 1) + dx + across - 1
+    code = code * kinds**2 + kind[:, None] * kinds + kind
+    present = torch.zeros((2 * down - 1) * (2 * across - 1) * kinds**2, dtype=torch.bool)
+    present[code[near]] = True
+    place = torch.where(present, present.cumsum(0) - 1, -1)
+    return present.nonzero().flatten(), torch.where(near, place[code], -1)
 
 
 def _offset_patterns(
