@@ -19,13 +19,16 @@ class Layout:
     Attributes:
         grids: geometry of every sequence a main attention call may see; told apart by length.
         by_path: (regular expression, grids) that hold for matching sites only, before `grids`.
-        text_up_to: further text tokens, behind the grid of grids[0], a call may lack; for families
-            that drop padding, so that the text differs from row to row.
+        text_up_to: text tokens behind the grid of grids[0], at most; for families that drop
+            padding before the call, so that their number varies.
+        rows: geometry of each row of the batch where rows differ; a row shorter than the sequence
+            is padded at its end.
     """
 
     grids: tuple[TokenGrid, ...]
     by_path: tuple[tuple[str, tuple[TokenGrid, ...]], ...] = ()
     text_up_to: int = 0
+    rows: tuple[TokenGrid, ...] = ()
 
     def place(self, path: str, tokens: int) -> TokenGrid | None:
         """Return the geometry of a sequence of that length at a site, None when none fits."""
@@ -80,7 +83,24 @@ class Family:
 
 
 _FAMILIES: dict[str, Family] = {}
-_BUILT_IN: tuple[str, ...] = ("wan",)
+_BUILT_IN = (
+    "allegro",
+    "auraflow",
+    "cogvideox",
+    "cosmos",
+    "flux",
+    "hunyuan_video",
+    "ltx",
+    "lumina2",
+    "mochi",
+    "pixart",
+    "qwen_image",
+    "sana",
+    "sd3",
+    "unet",
+    "wan",
+    "z_image",
+)
 
 
 def register_family(family: Family) -> Family:
@@ -130,3 +150,22 @@ def patch_of(denoiser: torch.nn.Module, name: str = "patch_size") -> Any:
     if value is None:
         raise InputError(f"{type(denoiser).__name__} has no {name} in its config")
     return value
+
+
+def image_grid(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> TokenGrid:
+    """Return the grid of [B, C, H, W] latents cut into square patches."""
+    height, width = argument(arguments, "hidden_states").shape[-2:]
+    patch = patch_of(denoiser)
+    return TokenGrid(1, patched(height, patch), patched(width, patch))
+
+
+def latent_video(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
+    """Return the layout of [B, C, F, H, W] latents without text in the sequence.
+
+    The patch is (time, side, side) in the config, or `patch_size` and `patch_size_t` apart.
+    """
+    sizes = argument(arguments, "hidden_states").shape[2:]
+    patch = patch_of(denoiser)
+    if not isinstance(patch, (tuple, list)):
+        patch = (patch_of(denoiser, "patch_size_t"), patch, patch)
+    return Layout((TokenGrid(*(patched(n, p) for n, p in zip(sizes, patch, strict=True))),))

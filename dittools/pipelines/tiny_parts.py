@@ -61,3 +61,44 @@ def wan_vae() -> Any:
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
     )
+
+
+def clip(width: int = 32, projection: int = 0) -> Any:
+    """Return a CLIP text encoder, with a projection head of that width when it is above 0."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=3,
+        eos_token_id=2,
+        projection_dim=projection or width,
+    )
+    return CLIPTextModelWithProjection(config) if projection else CLIPTextModel(config)
+
+
+def image_vae(channels: int, blocks: int = 1) -> Any:
+    """Return a toy image autoencoder: one block keeps the size, two halve it."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4,) if blocks == 1 else (8, 16),
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        norm_num_groups=1 if blocks == 1 else 4,
+        latent_channels=channels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+    )
+
+
+def flow(**options: Any) -> Any:
+    """Return the flow-matching Euler scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
