@@ -126,8 +126,8 @@ def _self_attention(
     attn: WanAttention, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     value = attn.to_v(x)
-    query = _rotate(_rms(attn.norm_q, attn.to_q(x)), cos, sin).to(value.dtype)
-    key = _rotate(_rms(attn.norm_k, attn.to_k(x)), cos, sin).to(value.dtype)
+    query = rotate(rms(attn.norm_q, attn.to_q(x)), cos, sin).to(value.dtype)
+    key = rotate(rms(attn.norm_k, attn.to_k(x)), cos, sin).to(value.dtype)
     heads = (HEADS, HEAD_DIM)
     query, key, value = (t.unflatten(-1, heads).transpose(1, 2) for t in (query, key, value))
     if x.shape[1] <= SHORT:
@@ -143,8 +143,8 @@ def _cross_attention(
     attn: WanAttention, x: torch.Tensor, words: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     value = attn.to_v(words)
-    query = _rms(attn.norm_q, attn.to_q(x)).to(value.dtype)
-    key = _rms(attn.norm_k, attn.to_k(words)).to(value.dtype)
+    query = rms(attn.norm_q, attn.to_q(x)).to(value.dtype)
+    key = rms(attn.norm_k, attn.to_k(words)).to(value.dtype)
     heads = (HEADS, HEAD_DIM)
     query, key, value = (t.unflatten(-1, heads).transpose(1, 2) for t in (query, key, value))
     scores = (query @ key.transpose(-1, -2)).float() * HEAD_DIM**-0.5 + bias
@@ -153,12 +153,14 @@ def _cross_attention(
     return result
 
 
-def _rms(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+def rms(norm: torch.nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Return a query or key [B, S, D] normalised over all heads at once, in fp32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON) * norm.weight
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return a query or key [B, S, D] turned by the rotary angles of its tokens."""
     pairs = x.unflatten(-1, (HEADS, HEAD_DIM // 2, 2))
     even, odd = pairs.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(2)

@@ -22,7 +22,7 @@ from dittools.pipelines.demo.codec import CHANNELS
 HEADS, HEAD_DIM, LAYERS = 3, 64, 6
 TEXT_DIM = 64
 VOCAB = ("<pad>", "</s>", "<unk>", *WORDS)
-FLOW_SHIFT = 4.0
+FLOW_SHIFT = 10.0
 TIME_PLANES, ROW_PLANES, COLUMN_PLANES = 12, 10, 10  # rotary planes per axis in a 64-wide head
 
 

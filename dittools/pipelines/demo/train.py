@@ -48,14 +48,14 @@ class Stage:
     batch: int  # clips; even, since clips come in pairs of opposite motion
     steps: int
     lr: tuple[float, float]  # at the first and last step
-    shift: float  # of the noise levels; larger means noisier
+    shifts: tuple[float, float]  # of the noise levels, for every other pair; larger is noisier
     object_weight: float  # extra loss weight of tokens the object covers
 
 
 SCHEDULE = (
-    Stage("image", 1, 32, 900, (2.5e-3, 2.5e-3), 2.0, 2.0),
-    Stage("ends", 4, 8, 3000, (2.2e-3, 1.6e-3), 4.5, 3.0),
-    Stage("clip", FRAMES, 4, 900, (1.5e-3, 0.0), 4.0, 1.5),
+    Stage("image", 1, 32, 1200, (2.5e-3, 2.2e-3), (2.0, 25.0), 2.0),
+    Stage("ends", 4, 8, 2700, (2.2e-3, 1.6e-3), (4.0, 30.0), 3.0),
+    Stage("clip", FRAMES, 4, 900, (1.5e-3, 0.0), (3.0, 20.0), 1.5),
 )
 
 
@@ -105,7 +105,9 @@ def make_batch(stage: Stage, codec: codec_module.Codec, step: int, seed: int) ->
     clean = codec.encode(pixels, numbers)
     noise = torch.randn(clean[::2].shape, generator=generator).repeat_interleave(2, 0)
     spread = (torch.arange(pairs) + (step * GOLDEN) % 1) / pairs
-    sigma = (stage.shift * spread / (1 + (stage.shift - 1) * spread)).repeat_interleave(2, 0)
+    # What a clip shows is settled while it is almost pure noise, so half the pairs are drawn there.
+    shift = torch.tensor(stage.shifts)[(torch.arange(pairs) + step) % 2]
+    sigma = (shift * spread / (1 + (shift - 1) * spread)).repeat_interleave(2, 0)
     blocks = cover.unflatten(3, (-1, codec_module.PATCH)).unflatten(2, (-1, codec_module.PATCH))
     weight = 1 + stage.object_weight * blocks.mean((3, 5))[:, None]
     return Batch(clean, noise, sigma, captions, numbers[0], weight)
