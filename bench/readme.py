@@ -14,6 +14,7 @@ from typing import Any
 
 from dittools.cli import _first_line
 from dittools.methods import METHODS
+from dittools.patches import families as families_table
 from dittools.pipelines.report_html import HEADINGS, rows, summary
 
 ROOT = Path(__file__).parents[1]
@@ -46,10 +47,15 @@ def methods() -> str:
 
 
 def families() -> str:
-    from dittools.patches import FAMILIES
-
-    body = [(f.name, ", ".join(f"`{name}`" for name in f.denoisers), f.note) for f in FAMILIES]
-    return table(("family", "denoiser classes", "what is accelerated"), body)
+    body = [
+        (
+            name,
+            ", ".join(f"`{kind}`" for kind in facts.denoisers),
+            "; ".join(facts.notes) or facts.blocked,
+        )
+        for name, facts in families_table().items()
+    ]
+    return table(("family", "denoiser classes", "to know"), body)
 
 
 def kernels() -> str:

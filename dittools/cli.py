@@ -240,6 +240,8 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
             table.add_row(*row)
         console.print(table)
         console.print(summary(report), markup=False, highlight=False)
+        for reason, count in report["accelerated"]["report"]["fallbacks"].items():
+            console.print(f"ran dense, {count} calls: {reason}", markup=False, highlight=False)
         for name, score in (report["prompt_score"] or {}).items():
             wrong = [part for part, right in score.items() if right is False and part != "all"]
             verdict = "matches the prompt" if not wrong else f"misses: {', '.join(wrong)}"
