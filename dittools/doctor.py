@@ -14,7 +14,7 @@ import torch
 from dittools.call import AttentionCall
 from dittools.errors import DitToolsError, UnsupportedCall
 from dittools.grid import TokenGrid
-from dittools.kernels import backend_names, choose, load
+from dittools.kernels import backend_names, choose, load, native
 from dittools.mask import BlockMask
 
 TOLERANCE = 2e-5  # fp32, head_dim 64, 300 keys: far above rounding, far below a wrong block
@@ -40,6 +40,7 @@ def examine() -> list[Check]:
         _versions,
         _devices,
         _backends,
+        _native,
         _choice,
         _diffusers_contract,
         _writable,
@@ -98,20 +99,27 @@ def _backends() -> Iterator[Check]:
         except UnsupportedCall as error:
             reasons = [str(error)]
         if reasons:
-            yield Check(f"backend {name}", "absent", "; ".join(reasons))
+            yield Check(f"backend {name}", "absent", reasons[0])
             continue
         try:
-            error = float((backend.block_sparse(call, mask) - wanted).abs().max())
+            off = float((backend.block_sparse(call, mask) - wanted).abs().max())
         except (DitToolsError, RuntimeError, OSError) as problem:
             yield Check(f"backend {name}", "broken", str(problem), "report this with the output")
             continue
-        good = error < TOLERANCE
-        finding = f"equals the reference to {error:.0e}" if good else f"off by {error:.1e}"
-        status = getattr(backend, "status", None)
-        state = "ok" if good else "broken"
-        if status is not None:
-            finding = f"{finding}; {status()}"
-        yield Check(f"backend {name}", state, finding)
+        good = off < TOLERANCE
+        finding = f"equals the reference to {off:.0e}" if good else f"off by {off:.1e}"
+        yield Check(f"backend {name}", "ok" if good else "broken", finding)
+
+
+def _native() -> Iterator[Check]:
+    """Say whether the native CPU kernel is in use, and why not."""
+    status = native.status()
+    if status.available:
+        matrix = " with AMX for bfloat16" if status.amx else ""
+        yield Check("native kernel", "ok", f"{status.build}{matrix}")
+    else:
+        remedy = "install a C++ compiler (g++ or clang++); plain torch serves until then"
+        yield Check("native kernel", "slow", status.reason, remedy)
 
 
 def _choice() -> Iterator[Check]:

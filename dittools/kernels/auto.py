@@ -1,5 +1,7 @@
 """The "auto" backend: for each call the fastest one that fits."""
 
+from typing import overload
+
 import torch
 
 from dittools.call import AttentionCall
@@ -25,6 +27,14 @@ class AutoBackend:
     def dense(self, call: AttentionCall) -> torch.Tensor:
         """Return [B, S, H, D]: attention over all keys."""
         return dense_attention(call)
+
+    @overload
+    def block_sparse(self, call: AttentionCall, mask: BlockMask) -> torch.Tensor: ...
+
+    @overload
+    def block_sparse(
+        self, call: AttentionCall, mask: BlockMask, *, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def block_sparse(
         self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
