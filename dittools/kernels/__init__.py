@@ -16,6 +16,10 @@ _MODULES: dict[str, tuple[str, str]] = {
     "cpu": ("dittools.kernels.cpu", "CpuBackend"),
     "flex": ("dittools.kernels.flex", "FlexBackend"),
     "triton": ("dittools.kernels.triton_backend", "TritonBackend"),
+    "sage": ("dittools.kernels.foreign", "SageBackend"),
+    "sparge": ("dittools.kernels.foreign", "SpargeBackend"),
+    "natten": ("dittools.kernels.foreign", "NattenBackend"),
+    "flash": ("dittools.kernels.foreign", "FlashBackend"),
 }
 _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
