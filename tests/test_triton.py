@@ -132,9 +132,10 @@ def test_configured_tiles_that_do_not_divide_their_block_are_refused(tmp_path: P
     from dittools.kernels import triton_config
 
     table = tmp_path / "tuning.json"
-    table.write_text(json.dumps({"64/128x64/bfloat16": [128, 48, 4, 2, 0]}))
-    with pytest.raises(UnsupportedCall, match="do not divide"):
-        triton_config.load_tuning(table)
+    for tile, problem in ((128, "do not divide"), (48, "no powers of two"), (0, "no powers of")):
+        table.write_text(json.dumps({"64/128x64/bfloat16": [128, tile, 4, 2, 0]}))
+        with pytest.raises(UnsupportedCall, match=problem):
+            triton_config.load_tuning(table)
     table.write_text(json.dumps({"64/128x64/bfloat16": ["wide"]}))
     with pytest.raises(UnsupportedCall, match="malformed"):
         triton_config.load_tuning(table)
@@ -147,7 +148,8 @@ def test_tuning_table_replaces_the_default(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(triton_config, "_TUNED", {})
     table = tmp_path / "tuning.json"
     table.write_text(json.dumps({"64/128x64/bfloat16": [64, 32, 4, 2, 0]}))
-    assert triton_config.load_tuning(table) == 1
+    monkeypatch.setenv("DITTOOLS_TRITON_TUNING", str(table))
+    triton_config._load_once.cache_clear()
     assert triton_config.default_config(50, 128, 64, torch.bfloat16)[:3] == (64, 32, 4)
     assert triton_config.default_config(50, 128, 64, torch.float16)[:2] == (128, 64)
 

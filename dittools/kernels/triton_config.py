@@ -1,6 +1,12 @@
-"""Launch configurations of the Triton kernel: defaults that fit, and tuning tables from JSON."""
+"""Launch configurations of the Triton kernel: defaults that fit, and tuning tables from JSON.
+
+A table named by the environment variable DITTOOLS_TRITON_TUNING is read before the first launch;
+`bench/gpu.py --tune` writes one.
+"""
 
 import json
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,10 +56,20 @@ def load_tuning(path: Path) -> int:
             raise UnsupportedCall(
                 f"tuning entry {key!r} is malformed", got=repr(numbers)
             ) from error
+        tiles = config[:2]
+        if min(tiles) < 16 or any(tile & (tile - 1) for tile in tiles):
+            raise UnsupportedCall(
+                f"tuning entry {key!r} has tiles that are no powers of two of at least 16"
+            )
         if q_block % config.tile_m or kv_block % config.tile_n:
             raise UnsupportedCall(f"tuning entry {key!r} has tiles that do not divide its blocks")
         _TUNED[key] = config
     return len(table)
+
+
+@lru_cache(maxsize=1)
+def _load_once(path: str) -> int:
+    return load_tuning(Path(path))
 
 
 def default_config(
@@ -71,6 +87,8 @@ def default_config(
     asks for more shared memory than the target has. `triton_aot` compiles and checks them; which is
     fastest on a device is for a tuning table to say.
     """
+    if path := os.environ.get("DITTOOLS_TRITON_TUNING"):
+        _load_once(path)
     tuned = _TUNED.get(tuning_key(head_dim, q_block, kv_block, dtype))
     if tuned is not None:
         return tuned
