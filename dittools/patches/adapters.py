@@ -45,6 +45,11 @@ class Layout:
                 return TokenGrid(*grid.shape, text_after=text)
         return None
 
+    def by_row(self, batch: int, tokens: int) -> tuple[TokenGrid, ...]:
+        """Return the geometry of each row where rows differ and fit the call, else nothing."""
+        fits = len(self.rows) == batch and max(grid.total for grid in self.rows) == tokens
+        return self.rows if fits else ()
+
 
 Resolver = Callable[[Mapping[str, Any], torch.nn.Module], Layout]
 

@@ -173,27 +173,28 @@ class Root:
         if moment is None or call.query.dim() != 4 or tokens != call.key.shape[axis]:
             tally.passed += 1
             return call.dense()
-        grid = None if moment.layout is None else moment.layout.place(site.path, tokens)
-        if grid is None:
+        grids = _place(moment.layout, site, call, tokens)
+        if not grids:
             tally.passed += 1
             tally.fallbacks[moment.problem or f"{tokens} tokens do not fit the token grid"] += 1
             return call.dense()
-        runtime.grids.add(grid)
-        ordinal = moment.ordinals[site.name]
-        moment.ordinals[site.name] += 1
+        runtime.grids.update(grids)
         with runtime.attention.running(call.query.device):
-            return self._main_call(site, call, grid, ordinal, moment, tally)
+            return self._main_call(site, call, grids, moment, tally)
 
     def _main_call(
         self,
         site: Site,
         call: SeamCall,
-        grid: TokenGrid,
-        ordinal: int,
+        grids: tuple[TokenGrid, ...],
         moment: Moment,
         tally: Tally,
     ) -> torch.Tensor:
-        """Run one eligible call by the plan, dense where the plan or a reason says so."""
+        """Run one eligible call by the plan, dense where the plan or a reason says so.
+
+        Several grids mean rows of different text length: each row is a call of its own, and what
+        pads it stays zero, as nothing reads it.
+        """
         runtime = self.runtime
         heads = call.query.shape[1 if call.heads_first else 2]
         rules = runtime.rules(site, moment.step, moment.steps, heads)
@@ -202,6 +203,29 @@ class Root:
         if all(method.name == "dense" for _, method in rules):
             tally.dense += 1
             return call.dense()
+        if len(grids) == 1:
+            return self._sparse_call(site, call, grids[0], rules, moment, tally)
+        out = torch.zeros_like(call.query)
+        axis = 2 if call.heads_first else 1
+        for index, grid in enumerate(grids):
+            row = call.row(index, grid.total)
+            part = self._sparse_call(site, row, grid, rules, moment, tally)
+            out[index : index + 1].narrow(axis, 0, grid.total).copy_(part)
+        return out
+
+    def _sparse_call(
+        self,
+        site: Site,
+        call: SeamCall,
+        grid: TokenGrid,
+        rules: list[HeadRule],
+        moment: Moment,
+        tally: Tally,
+    ) -> torch.Tensor:
+        """Run a call the plan wants sparse; the stock function where it cannot be."""
+        runtime = self.runtime
+        ordinal = moment.ordinals[site.name]
+        moment.ordinals[site.name] += 1
         attention, reason = self._attention_call(site, call, grid, ordinal, moment)
         if attention is None:
             tally.dense += 1
@@ -303,6 +327,14 @@ class Root:
         tally.dense += 1
         if not meter.declined:
             tally.fallbacks[KEEPS_ALL] += 1
+
+
+def _place(layout: Layout | None, site: Site, call: SeamCall, tokens: int) -> tuple[TokenGrid, ...]:
+    """Return the geometry of a call: one for all rows, or one per row; nothing when none fits."""
+    if layout is None:
+        return ()
+    grid = layout.place(site.path, tokens)
+    return (grid,) if grid is not None else layout.by_row(call.query.shape[0], tokens)
 
 
 def _scatter(

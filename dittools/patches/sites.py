@@ -67,6 +67,14 @@ class SeamCall:
         """Return what the stock pipeline would compute, in its own layout."""
         return ORIGINALS[self.number].function(self.query, self.key, self.value, **self.options)
 
+    def row(self, index: int, tokens: int) -> "SeamCall":
+        """Return the call of one row of the batch, cut to its own tokens; its mask is spent."""
+        axis = 2 if self.heads_first else 1
+        q, k, v = (
+            t[index : index + 1].narrow(axis, 0, tokens) for t in (self.query, self.key, self.value)
+        )
+        return SeamCall(q, k, v, {**self.options, "attn_mask": None}, self.number)
+
     @property
     def heads_first(self) -> bool:
         """Whether the layout is [B, H, S, D]."""

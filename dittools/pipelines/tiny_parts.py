@@ -102,3 +102,42 @@ def flow(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def qwen3(causal: bool = False) -> Any:
+    """Return a toy Qwen3 text model, 16 wide."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=1000,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        bos_token_id=3,
+        eos_token_id=2,
+    )
+    return Qwen3ForCausalLM(config) if causal else Qwen3Model(config)
+
+
+def gemma2() -> Any:
+    """Return a toy Gemma 2 text model, 8 wide."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=1000,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,
+            attn_implementation="eager",
+            bos_token_id=3,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
