@@ -252,6 +252,8 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-from dittools.commands import quality as _quality  # noqa: E402 -- commands print through this module
+from dittools.commands import bench as _bench  # noqa: E402 -- commands print through this module
+from dittools.commands import quality as _quality  # noqa: E402
 
 app.command()(_quality.quality)
+app.add_typer(_bench.app, name="bench")

@@ -13,7 +13,7 @@ from dittools.metrics.fidelity import compare
 from dittools.metrics.official import OFFLINE, run_official
 from dittools.metrics.vbench import DIMENSIONS, Dimension
 
-CHECKER_ROWS = 48  # pixels; the demo world is drawn at about this height
+CHECKER_ROWS = 96  # pixels; the demo world is drawn at this height
 
 
 class Distance:
