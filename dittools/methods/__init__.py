@@ -13,9 +13,10 @@ from dittools.methods.radial import Radial
 from dittools.methods.random_blocks import RandomBlocks
 from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.methods.sta import STA
+from dittools.methods.vmoba import VMoBA
 
 METHODS: dict[str, type[Any]] = {
-    m.name: m for m in (Dense, Radial, GNA, STA, Clear, SparseVDiT, RandomBlocks)
+    m.name: m for m in (Dense, Radial, GNA, STA, Clear, SparseVDiT, VMoBA, RandomBlocks)
 }
 
 __all__ = ["METHODS", "GridMethod", "Method", "Preset", "build", "preset", "to_params"]

@@ -66,6 +66,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("sparse_vdit", "cogvideox15"): Published({"density": 0.265}, 0, 0, _VDIT),
     ("sparse_vdit", "hunyuan_video"): Published({"density": 0.15}, 10, 0, _VDIT),
     ("sparse_vdit", "wan"): Published({"density": 0.298}, 10, 0, _VDIT),
+    ("vmoba", "wan"): Published(
+        {"top_k": 0.25}, 0.25, 0, "arXiv:2506.23858, untrained Wan2.1-1.3B"
+    ),
 }
 
 # spellings of a family that mean the same published settings
