@@ -55,10 +55,14 @@ class CpuBackend:
     def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
         """Whether dense attention would be at least as fast, from a measured table."""
         batch, queries, heads, dim = call.query.shape
-        size = batch * heads * queries * call.key.shape[1] * dim
+        keys = call.key.shape[1]
+        size = batch * heads * queries * keys * dim
         rows = _BREAK_EVEN[self._speed_class(call, mask)]
         share = next(share for below, share in rows if size < below)
-        return mask.computed > share
+        cost = mask.computed * mask.q_slots * mask.kv_slots / (queries * keys)  # padding costs too
+        if mask.tiles is not None and not self.not_native(call, mask):
+            cost = 0.6 * cost + 0.4 * mask.density  # it skips the parts of a cut block nobody keeps
+        return cost > share
 
     def _speed_class(self, call: AttentionCall, mask: BlockMask) -> str:
         narrow = call.query.dtype == torch.bfloat16

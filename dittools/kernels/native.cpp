@@ -39,6 +39,9 @@ constexpr int SUB = LANES * VECS;   // keys of one score tile, head dims of one 
 constexpr int CHUNK = 48;           // query rows that share one pass over a group, fp32 core
 constexpr int AMX_CHUNK = 32;       // the same for AMX: two tiles of 16 rows
 constexpr int GROUP = 512;          // keys per softmax pass; their scores fit the L2 cache
+constexpr int AMX_GROUP = 1024;     // fewer rows share a pass, so more keys fit
+constexpr int MAX_BLOCK = 512;      // keys of one block; native.py refuses larger ones
+constexpr int MAX_STRIPS = (AMX_GROUP > MAX_BLOCK ? AMX_GROUP : MAX_BLOCK) / 32;
 constexpr int KEY_STEP = 128;       // keys per pass over values: 128 x 64 floats fit the L1 cache
 constexpr int64_t WAVE_BYTES = int64_t(64) << 20;  // panels held at a time, one head at least
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
@@ -315,7 +318,7 @@ struct Plan {
     wave_heads = std::max<int64_t>(1, std::min(c.batch * c.heads, WAVE_BYTES / head_bytes));
     sign = c.scale > 0 ? 1.0f : (c.scale < 0 ? -1.0f : 0.0f);
     c_log2 = (c.scale == 0 ? 1.0f : std::fabs(c.scale)) * LOG2E;
-    group_blocks = std::max<int64_t>(1, GROUP / width);
+    group_blocks = std::max<int64_t>(1, (amx ? AMX_GROUP : GROUP) / width);
   }
   char *key_panel(char *head, int64_t block) const { return head + block * key_bytes; }
   char *value_panel(char *head, int64_t block) const {
@@ -526,26 +529,48 @@ inline unsigned lane_bits(const uint8_t *row, int64_t bytes, int64_t column) {
   return at < bytes ? (row[at] >> (column % 8)) & 15u : 0u;
 }
 
-// Drop what the bit tile, the key bias and the ragged tail exclude; row0 counts in the query block.
-void cut_scores(const Plan &p, const Task &t, const Entry &e, int64_t row0, int64_t rows) {
+// Whether some of the rows keep some of the keys; what nobody keeps is not computed at all.
+inline bool any_kept(const Plan &p, const Entry &e, int64_t row0, int64_t rows, int64_t key0,
+                     int64_t keys) {
+  if (!e.bits) return true;
+  const int64_t bytes = (p.c.kv_block + 7) / 8, end = std::min(bytes, (key0 + keys + 7) / 8);
+  const uint8_t *from = e.bits + row0 * bytes + key0 / 8;
+  uint32_t any = 0;
+  if (end - key0 / 8 == 4) {
+    for (int64_t r = 0; r < rows; r++) {
+      uint32_t word;
+      memcpy(&word, from + r * bytes, 4);
+      any |= word;
+    }
+    return any != 0;
+  }
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < end - key0 / 8; i++) any |= from[r * bytes + i];
+  return any != 0;
+}
+
+// Drop what the bit tile, the key bias and the ragged tail exclude from `keys` keys of an entry,
+// whose scores start at `column`; row0 counts in the query block.
+void cut_scores(const Plan &p, const Task &t, const Entry &e, int64_t row0, int64_t rows,
+                int64_t key0, int64_t keys, int64_t column) {
   vi lane;
   for (int i = 0; i < LANES; i++) lane[i] = 1 << i;
   const int64_t bytes = (p.c.kv_block + 7) / 8;
   for (int64_t r = 0; r < rows; r++) {
-    float *line = t.scores + r * t.score_stride + e.column;
+    float *line = t.scores + r * t.score_stride + column;
     if (e.bias)
-      for (int64_t j = 0; j < p.width; j += LANES) {
-        const vf add = load(e.bias + j);
+      for (int64_t j = 0; j < keys; j += LANES) {
+        const vf add = load(e.bias + key0 + j);
         store(line + j, pick(add == NEG_INF, splat(NEG_INF), load(line + j) + add));
       }
     if (e.bits) {
       const uint8_t *bits = e.bits + (row0 + r) * bytes;
-      for (int64_t j = 0; j < p.width; j += LANES) {
-        const vi keep = (vi{} + int32_t(lane_bits(bits, bytes, j))) & lane;
+      for (int64_t j = 0; j < keys; j += LANES) {
+        const vi keep = (vi{} + int32_t(lane_bits(bits, bytes, key0 + j))) & lane;
         store(line + j, pick(keep != 0, load(line + j), splat(NEG_INF)));
       }
     }
-    for (int64_t j = e.real; j < p.width; j++) line[j] = NEG_INF;
+    for (int64_t j = std::max<int64_t>(0, e.real - key0); j < keys; j++) line[j] = NEG_INF;
   }
 }
 
@@ -687,25 +712,35 @@ void group_floats(const Plan &p, const Task &t, const std::vector<Entry> &entrie
     const float *panel = reinterpret_cast<const float *>(e.key);
     for (int64_t s0 = 0; s0 < p.width; s0 += SUB) {
       const int vecs = int(std::min<int64_t>(SUB, p.width - s0) / LANES);
-      for (int64_t r = 0; r < rows; r += ROWS)
-        score_fn(int(std::min<int64_t>(ROWS, rows - r)), vecs, Tiles{})(
-            t.query + (row0 + r) * dim, dim, panel + s0 * dim, dim,
-            t.scores + r * t.score_stride + e.column + s0, t.score_stride);
+      for (int64_t r = 0; r < rows; r += ROWS) {
+        const int64_t n = std::min<int64_t>(ROWS, rows - r);
+        if (any_kept(p, e, row0 + r, n, s0, SUB))  // else cut_scores overwrites what stands there
+          score_fn(int(n), vecs, Tiles{})(t.query + (row0 + r) * dim, dim, panel + s0 * dim, dim,
+                                          t.scores + r * t.score_stride + e.column + s0,
+                                          t.score_stride);
+      }
     }
-    if (e.bias || e.bits || e.real < p.width) cut_scores(p, t, e, row0, rows);
+    if (e.bias || e.bits || e.real < p.width)
+      cut_scores(p, t, e, row0, rows, 0, p.width, e.column);
   }
   for (int64_t r = 0; r < rows; r++)
     softmax_row(p, t, t.scores + r * t.score_stride, nullptr, columns, row0 + r);
-  for (const Entry &e : entries)
-    for (int64_t j = 0; j < e.real; j += KEY_STEP)
+  for (const Entry &e : entries) {
+    const int64_t step = e.bits ? KEY_STEP / 4 : KEY_STEP;
+    for (int64_t j = 0; j < e.real; j += step)
       for (int64_t d = 0; d < p.v_dim; d += SUB) {
         const int vecs = int(std::min<int64_t>(SUB, p.v_dim - d) / LANES);
         const float *value = reinterpret_cast<const float *>(e.value) + j * e.value_stride + d;
-        for (int64_t r = 0; r < rows; r += ROWS)
-          output_fn(int(std::min<int64_t>(ROWS, rows - r)), vecs, Tiles{})(
-              t.scores + r * t.score_stride + e.column + j, t.score_stride, value, e.value_stride,
-              std::min<int64_t>(KEY_STEP, e.real - j), t.out + (row0 + r) * p.v_dim + d, p.v_dim);
+        for (int64_t r = 0; r < rows; r += ROWS) {
+          const int64_t n = std::min<int64_t>(ROWS, rows - r);
+          if (any_kept(p, e, row0 + r, n, j, step))
+            output_fn(int(n), vecs, Tiles{})(
+                t.scores + r * t.score_stride + e.column + j, t.score_stride, value,
+                e.value_stride, std::min(step, e.real - j), t.out + (row0 + r) * p.v_dim + d,
+                p.v_dim);
+        }
       }
+  }
 }
 
 // ---- AMX core -------------------------------------------------------------------------------
@@ -728,66 +763,69 @@ struct TileConfig {
   ~TileConfig() { _tile_release(); }
 };
 
-// Scores of RT * 16 rows against 32 keys; width is a multiple of 32.
+// 32 keys of an entry that some of the rows at hand keep; the others get no column at all.
+struct Strip {
+  const Entry *entry;
+  int64_t key0;
+};
+
+// Scores of RT * 16 rows against 32 keys.
 template <int RT>
-void score_tiles_amx(const uint16_t *q, int64_t k_dim, const char *panel, int64_t width, float *s,
+void score_tiles_amx(const Plan &p, const uint16_t *q, const Strip &strip, float *s,
                      int64_t s_stride) {
-  const int64_t q_bytes = k_dim * 2, tile_bytes = 16 * k_dim * 2;  // one panel of 16 keys
-  for (int64_t j = 0; j < width; j += 32) {
-    const char *keys = panel + j / 16 * tile_bytes;
-    _tile_zero(0);
-    _tile_zero(1);
+  const int64_t k_dim = p.k_dim, q_bytes = k_dim * 2, tile_bytes = 16 * q_bytes;  // of 16 keys
+  const char *keys = strip.entry->key + strip.key0 / 16 * tile_bytes;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (RT == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t d = 0; d < k_dim; d += 32) {
+    _tile_loadd(4, q + d, q_bytes);
+    _tile_loadd(6, keys + d * 32, 64);
+    _tile_loadd(7, keys + tile_bytes + d * 32, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
     if constexpr (RT == 2) {
-      _tile_zero(2);
-      _tile_zero(3);
+      _tile_loadd(5, q + 16 * k_dim + d, q_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
-    for (int64_t d = 0; d < k_dim; d += 32) {
-      _tile_loadd(4, q + d, q_bytes);
-      _tile_loadd(6, keys + d * 32, 64);
-      _tile_loadd(7, keys + tile_bytes + d * 32, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if constexpr (RT == 2) {
-        _tile_loadd(5, q + 16 * k_dim + d, q_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, s + j, s_stride * 4);
-    _tile_stored(1, s + j + 16, s_stride * 4);
-    if constexpr (RT == 2) {
-      _tile_stored(2, s + 16 * s_stride + j, s_stride * 4);
-      _tile_stored(3, s + 16 * s_stride + j + 16, s_stride * 4);
-    }
+  }
+  _tile_stored(0, s, s_stride * 4);
+  _tile_stored(1, s + 16, s_stride * 4);
+  if constexpr (RT == 2) {
+    _tile_stored(2, s + 16 * s_stride, s_stride * 4);
+    _tile_stored(3, s + 16 * s_stride + 16, s_stride * 4);
   }
 }
 
-// Adds RT * 16 rows of weights times DT * 16 head dims of the values of all entries.
+// Adds RT * 16 rows of weights times DT * 16 head dims of the values of all strips.
 template <int RT, int DT>
-void output_tiles_amx(const Plan &p, const Task &t, const std::vector<Entry> &entries, float *o,
+void output_tiles_amx(const Plan &p, const Task &t, const Strip *strips, int64_t count, float *o,
                       int64_t d) {
   const int64_t o_bytes = p.v_dim * 4, w_bytes = t.weight_stride * 2;
   _tile_loadd(0, o + d, o_bytes);
   if constexpr (DT == 2) _tile_loadd(1, o + d + 16, o_bytes);
   if constexpr (RT == 2) _tile_loadd(2, o + 16 * p.v_dim + d, o_bytes);
   if constexpr (RT == 2 && DT == 2) _tile_loadd(3, o + 16 * p.v_dim + d + 16, o_bytes);
-  for (const Entry &e : entries)
-    for (int64_t j = 0; j < p.width; j += 32) {
-      const uint16_t *weights = t.weights + e.column + j;
-      const char *value = e.value + (j * p.v_dim + d * 32) * 2;
-      _tile_loadd(4, weights, w_bytes);
-      _tile_loadd(6, value, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (DT == 2) {
-        _tile_loadd(7, value + 1024, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (RT == 2) {
-        _tile_loadd(5, weights + 16 * t.weight_stride, w_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (DT == 2) _tile_dpbf16ps(3, 5, 7);
-      }
+  for (int64_t i = 0; i < count; i++) {
+    const uint16_t *weights = t.weights + i * 32;
+    const char *value = strips[i].entry->value + (strips[i].key0 * p.v_dim + d * 32) * 2;
+    _tile_loadd(4, weights, w_bytes);
+    _tile_loadd(6, value, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (DT == 2) {
+      _tile_loadd(7, value + 1024, 64);
+      _tile_dpbf16ps(1, 4, 7);
     }
+    if constexpr (RT == 2) {
+      _tile_loadd(5, weights + 16 * t.weight_stride, w_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (DT == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
   _tile_stored(0, o + d, o_bytes);
   if constexpr (DT == 2) _tile_stored(1, o + d + 16, o_bytes);
   if constexpr (RT == 2) _tile_stored(2, o + 16 * p.v_dim + d, o_bytes);
@@ -798,21 +836,29 @@ template <int RT>
 void group_amx(const Plan &p, const Task &t, const std::vector<Entry> &entries, int64_t row0,
                int64_t rows) {
   const uint16_t *q = reinterpret_cast<const uint16_t *>(t.query) + row0 * p.k_dim;
-  FENCE;
+  Strip strips[MAX_STRIPS];
+  int64_t count = 0;
   for (const Entry &e : entries)
-    score_tiles_amx<RT>(q, p.k_dim, e.key, p.width, t.scores + e.column, t.score_stride);
+    for (int64_t j = 0; j < p.width; j += 32)
+      if (e.bad || any_kept(p, e, row0, rows, j, 32)) strips[count++] = {&e, j};
+  if (!count) return;
   FENCE;
-  for (const Entry &e : entries)
-    if (e.bias || e.bits || e.real < p.width) cut_scores(p, t, e, row0, rows);
-  const int64_t columns = int64_t(entries.size()) * p.width;
+  for (int64_t i = 0; i < count; i++)
+    score_tiles_amx<RT>(p, q, strips[i], t.scores + i * 32, t.score_stride);
+  FENCE;
+  for (int64_t i = 0; i < count; i++) {
+    const Entry &e = *strips[i].entry;
+    if (e.bias || e.bits || e.real < strips[i].key0 + 32)
+      cut_scores(p, t, e, row0, rows, strips[i].key0, 32, i * 32);
+  }
   for (int64_t r = 0; r < rows; r++)
-    softmax_row(p, t, t.scores + r * t.score_stride, t.weights + r * t.weight_stride, columns,
+    softmax_row(p, t, t.scores + r * t.score_stride, t.weights + r * t.weight_stride, count * 32,
                 row0 + r);
   FENCE;
   float *o = t.out + row0 * p.v_dim;
   int64_t d = 0;
-  for (; d + 32 <= p.v_dim; d += 32) output_tiles_amx<RT, 2>(p, t, entries, o, d);
-  if (d < p.v_dim) output_tiles_amx<RT, 1>(p, t, entries, o, d);
+  for (; d + 32 <= p.v_dim; d += 32) output_tiles_amx<RT, 2>(p, t, strips, count, o, d);
+  if (d < p.v_dim) output_tiles_amx<RT, 1>(p, t, strips, count, o, d);
   FENCE;
 }
 #endif
