@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dittools.patches import attach as attach
     from dittools.patches import detach as detach
     from dittools.plans import Plan as Plan
+    from dittools.searching import SearchResult as SearchResult
+    from dittools.searching import search as search
 
 # public name -> module that holds it
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "Plan": "dittools.plans",
     "PlanError": "dittools.errors",
     "Report": "dittools.patches",
+    "SearchResult": "dittools.searching",
     "TokenGrid": "dittools.grid",
     "TokenOrder": "dittools.order",
     "UnknownMethod": "dittools.errors",
@@ -51,6 +54,7 @@ _HOMES = {
     "block_sparse_attention": "dittools.functional",
     "detach": "dittools.patches",
     "pipelines": "",
+    "search": "dittools.searching",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -1,0 +1,182 @@
+"""What a mask costs: kernel times measured over tokens, head_dim, density and block size."""
+
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.errors import PlanError, UnsupportedCall
+from dittools.grid import TokenGrid
+from dittools.kernels.auto import resolve
+from dittools.mask import BlockMask
+from dittools.methods import build
+from dittools.pipelines.output import write_text
+
+SHARES = (0.1, 0.25, 0.5, 0.75)  # of blocks visited
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Times of one backend on one device at one size; `basis` says measured or flops.
+
+    Attributes:
+        basis: "measured", or "flops" where a mask costs what its blocks hold.
+        backend, device: what was timed.
+        tokens, heads, head_dim: of the calls.
+        dense_ms: one dense call.
+        sparse_ms: block size -> ((share of blocks visited, ms), ...), rising.
+        attention_share: part of a dense generation spent in attention; 0 when not measured.
+        seconds: wall time of a dense generation; 0 when not measured.
+    """
+
+    basis: str
+    backend: str
+    device: str
+    tokens: int
+    heads: int
+    head_dim: int
+    dense_ms: float
+    sparse_ms: dict[int, tuple[tuple[float, float], ...]]
+    attention_share: float = 0.0
+    seconds: float = 0.0
+
+    def ratio(self, computed: float, block: int) -> float:
+        """Return the time of a mask as a share of a dense call of the same heads.
+
+        Between measured shares it is interpolated, outside of them continued along the line; a
+        block size that was not timed takes the nearest one.
+        """
+        if computed <= 0:
+            return 0.0
+        if self.basis == "flops" or not self.sparse_ms:
+            return computed
+        nearest = min(self.sparse_ms, key=lambda size: (abs(size - block), size))
+        points = self.sparse_ms[nearest]
+        place = sum(share < computed for share, _ in points[1:-1])
+        (x0, y0), (x1, y1) = points[place], points[place + 1]
+        line = y0 + (y1 - y0) * (computed - x0) / (x1 - x0)
+        return max(line, points[0][1] * computed / points[0][0] * 0.5) / self.dense_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        content = asdict(self)
+        content["sparse_ms"] = {str(k): v for k, v in sorted(self.sparse_ms.items())}
+        return content
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> "CostTable":
+        """Return the table of `to_dict`.
+
+        Raises:
+            PlanError: a field is missing or of another type.
+        """
+        try:
+            sparse = {
+                int(size): tuple((float(x), float(y)) for x, y in points)
+                for size, points in content["sparse_ms"].items()
+            }
+            return CostTable(**{**content, "sparse_ms": sparse})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError("the cost table is malformed", got=str(error)) from error
+
+
+def flops_table(grid: TokenGrid, heads: int, head_dim: int) -> CostTable:
+    """Return the table in which time is proportional to the blocks visited."""
+    return CostTable("flops", "", "", grid.total, heads, head_dim, 1.0, {})
+
+
+def measure_costs(
+    grid: TokenGrid,
+    heads: int,
+    head_dim: int,
+    *,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    blocks: tuple[int, ...],
+) -> CostTable:
+    """Return kernel times on this device, medians of interleaved runs on random inputs.
+
+    Falls back to the FLOPs table, which says so in `basis`, when the backend cannot run a mask of
+    one of the block sizes.
+    """
+    shape = (1, grid.total, heads, head_dim)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    call = AttentionCall(q, k, v, grid)
+    runner = resolve(backend)
+    masks: dict[tuple[int, float], BlockMask] = {}
+    for block in blocks:
+        for share in SHARES:
+            method = build("random", {"density": share, "block_size": block})
+            masks[block, share] = method.mask(grid).to(device)  # type: ignore[attr-defined]
+    times: dict[Any, list[float]] = {key: [] for key in ("dense", *masks)}
+    try:
+        for _ in range(_REPEATS + 1):
+            times["dense"].append(_time(lambda: runner.dense(call), device))
+            for key, mask in masks.items():
+                times[key].append(_time(lambda m=mask: runner.block_sparse(call, m), device))
+    except UnsupportedCall:
+        return flops_table(grid, heads, head_dim)
+    median = {key: statistics.median(values[1:]) for key, values in times.items()}
+    sparse = {b: _rising([(masks[b, s].computed, median[b, s]) for s in SHARES]) for b in blocks}
+    return CostTable(
+        "measured",
+        runner.name,
+        _device_name(device),
+        grid.total,
+        heads,
+        head_dim,
+        median["dense"],
+        {b: points for b, points in sparse.items() if len(points) > 1},
+    )
+
+
+def _rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Drop points whose share does not rise: small grids round two shares to one."""
+    out: list[tuple[float, float]] = []
+    for share, ms in points:
+        if not out or share > out[-1][0] + 1e-9:
+            out.append((share, ms))
+    return tuple(out)
+
+
+def _time(run: Any, device: torch.device) -> float:
+    """Return milliseconds of one run, the device drained before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1000
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def load_costs(path: Path) -> CostTable:
+    """Return the table of a file.
+
+    Raises:
+        PlanError: missing or malformed.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"cannot read the cost table {path}: {error}") from error
+    return CostTable.from_dict(content)
+
+
+def save_costs(table: CostTable, path: Path) -> None:
+    """Write a table atomically."""
+    write_text(path, json.dumps(table.to_dict(), indent=1) + "\n")

@@ -1,0 +1,172 @@
+"""The units of work of a search: calibrating, perturbing, and generating with a plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dittools.methods import to_params
+from dittools.metrics.fidelity import compare
+from dittools.patches import attach
+from dittools.pipelines.generate import Settings, generate
+from dittools.plans import Plan, Rule
+from dittools.searching.candidates import Candidate
+from dittools.searching.probe import Probe, Sites
+from dittools.searching.rows import sample_rows
+from dittools.searching.scout import Facts
+from dittools.searching.store import Result, Store, Unit, fingerprint
+
+
+@dataclass(frozen=True)
+class Score:
+    """How plans did on some generations, one entry each.
+
+    Attributes:
+        psnr_db, ssim: against the dense generation of the same prompt and seed.
+        mean_square: mean squared pixel error.
+        density: share of pairs computed over the run, dense steps included.
+    """
+
+    psnr_db: tuple[float, ...]
+    ssim: tuple[float, ...]
+    mean_square: tuple[float, ...]
+    density: float
+
+    @property
+    def mean_psnr_db(self) -> float:
+        """Mean over the generations."""
+        return float(np.mean(self.psnr_db))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the score as JSON types, rounded to what a reader needs."""
+        return {
+            "psnr_db": round(self.mean_psnr_db, 4),
+            "ssim": round(float(np.mean(self.ssim)), 6),
+            "density": round(self.density, 6),
+            "psnr_db_each": [round(v, 4) for v in self.psnr_db],
+        }
+
+
+def sites_for(
+    facts: Facts, ranges: tuple[float, ...], rows: int, per_range: int, seed: int
+) -> Sites:
+    """Return what a probe looks at: a few steps per range, spread evenly, and a few queries."""
+    chosen = sample_rows(facts.grid.total, rows, seed)
+    args = (facts.grid, facts.model.layers, facts.model.heads, ranges, facts.steps)
+    plain = Sites(*args, frozenset(), chosen)
+    by_range: dict[int, list[int]] = {}
+    for step in range(facts.steps):
+        by_range.setdefault(plain.range_of(step), []).append(step)
+    sampled = set()
+    for steps in by_range.values():
+        count = min(per_range, len(steps))
+        sampled |= {steps[(2 * i + 1) * len(steps) // (2 * count)] for i in range(count)}
+    return Sites(*args, frozenset(sampled), chosen)
+
+
+class Bench:
+    """Generates with and without plans, each result kept in a store.
+
+    Args:
+        pipe: a stock pipeline, nothing attached.
+        store: where results are kept.
+        backend: a named one, so that every call runs what the plan says.
+    """
+
+    def __init__(self, pipe: Any, store: Store, backend: str) -> None:
+        """Keep what every unit needs."""
+        self.pipe, self.store, self.backend = pipe, store, backend
+
+    def dense(self, settings: Settings) -> torch.Tensor:
+        """Return the dense frames [F, H, W, 3] of a generation, made once per process."""
+
+        def make() -> Result:
+            return {"frames": torch.from_numpy(generate(self.pipe, settings).frames.copy())}
+
+        return self.store.once(f"dense {fingerprint(settings.to_dict())}", make)["frames"]
+
+    def calibrate(
+        self,
+        settings: Sequence[Settings],
+        sites: Sites,
+        candidates: Sequence[Candidate],
+        facts: Facts,
+        carry: float | None,
+    ) -> list[Result]:
+        """Return what a probe measured in each generation."""
+        names = fingerprint([c.name for c in candidates], sites.ranges, sorted(sites.sampled))
+
+        def measure(use: Settings) -> Result:
+            probe = Probe(sites, candidates, facts.gains, carry)
+            with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend):
+                generate(self.pipe, use)
+            return probe.results()
+
+        rows = len(sites.rows)
+        units = [
+            Unit(
+                f"calibrate {fingerprint(use.to_dict(), names, rows, carry)}",
+                number,
+                lambda use=use: measure(use),  # type: ignore[misc]
+            )
+            for number, use in enumerate(settings)
+        ]
+        return self.store.run("measuring candidates", units)
+
+    def score(self, what: str, plan: Plan, settings: Sequence[Settings]) -> Score:
+        """Return how a plan does on some generations."""
+        return self.score_all(what, [plan], settings)[0]
+
+    def score_all(
+        self, what: str, plans: Sequence[Plan], settings: Sequence[Settings]
+    ) -> list[Score]:
+        """Return how each plan does on the same generations.
+
+        A generation is always scored by the same process, so that its dense frames are made once.
+        """
+        units = [
+            Unit(
+                f"score {plan_digest(plan)} {fingerprint(use.to_dict())}",
+                number,
+                lambda plan=plan, use=use: self._score(plan, use),  # type: ignore[misc]
+            )
+            for plan in plans
+            for number, use in enumerate(settings)
+        ]
+        found = self.store.run(what, units)
+        size = len(settings)
+        return [_joined(found[i * size : (i + 1) * size]) for i in range(len(plans))]
+
+    def _score(self, plan: Plan, settings: Settings) -> Result:
+        reference = self.dense(settings).numpy()
+        with attach(self.pipe, plan, backend=self.backend) as handle:
+            run = generate(self.pipe, settings)
+            density = handle.report().density
+        fidelity = compare(reference, run.frames)
+        square = float(np.square(reference.astype(np.float64) - run.frames).mean())
+        values = (fidelity.psnr_db, fidelity.ssim, square, density)
+        return {"score": torch.tensor(values, dtype=torch.float64)}
+
+
+def _joined(found: Sequence[Result]) -> Score:
+    table = torch.stack([result["score"] for result in found])
+    psnr, ssim, square = (tuple(table[:, i].tolist()) for i in range(3))
+    return Score(psnr, ssim, square, float(table[:, 3].mean()))
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return a digest of what a plan does, its provenance left out."""
+    rules = [
+        (rule.layers, rule.heads, rule.steps, rule.method.name, _plain_params(rule))
+        for rule in plan.rules
+    ]
+    return fingerprint(rules, vars(plan.schedule))
+
+
+def _plain_params(rule: Rule) -> dict[str, Any]:
+    return {
+        name: value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in to_params(rule.method).items()
+    }

@@ -1,0 +1,207 @@
+"""The probe: rides along one generation and measures every candidate on the true q, k and v."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels import Backend
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
+from dittools.searching.atlas import BANDS, MAP_SIDE, band_keys, small_map
+from dittools.searching.candidates import Candidate
+from dittools.searching.rows import mask_rows, masked_output, weights
+
+BRANCHES = ("cond", "uncond", "")
+CHUNK = 128  # query rows looked at together
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What is measured where.
+
+    Attributes:
+        grid: geometry every call must have.
+        layers, heads: of the model.
+        ranges: edges of the step ranges as shares of the run, 0 first and 1 last.
+        steps: of the run.
+        sampled: steps that are looked at; the others pass.
+        rows: int64 [R], queries that are looked at.
+    """
+
+    grid: TokenGrid
+    layers: int
+    heads: int
+    ranges: tuple[float, ...]
+    steps: int
+    sampled: frozenset[int]
+    rows: torch.Tensor
+
+    def range_of(self, step: int) -> int:
+        """Return the step range that holds a step."""
+        inside = [r for r, edge in enumerate(self.ranges[:-1]) if edge <= step / self.steps]
+        return inside[-1]
+
+    @property
+    def range_steps(self) -> list[int]:
+        """Steps of the run in each range."""
+        found = [self.range_of(step) for step in range(self.steps)]
+        return [found.count(r) for r in range(len(self.ranges) - 1)]
+
+
+class Probe:
+    """A method that answers dense and notes what each candidate would have done instead.
+
+    Args:
+        sites: what to look at.
+        candidates: dense first.
+        gains: [H, D, D] per layer, the output projection of each head as a quadratic form; errors
+            are measured behind it. None counts errors of the head's own output.
+        carry: weight of the density in Sparse-vDiT's greedy choice; the chosen candidates' output
+            is passed on, so that later layers and steps see their error. None passes dense on.
+    """
+
+    name: ClassVar[str] = "probe"
+
+    def __init__(
+        self,
+        sites: Sites,
+        candidates: Sequence[Candidate],
+        gains: Sequence[torch.Tensor | None],
+        carry: float | None = None,
+    ) -> None:
+        """Make room for the sums."""
+        self.sites, self.candidates, self.gains, self.carry = sites, candidates, gains, carry
+        self._kept: dict[int, torch.Tensor] = {}
+        self._watch = Stopwatch()
+        shape = (sites.layers, len(sites.ranges) - 1, len(BRANCHES), sites.heads)
+        side = min(MAP_SIDE, sites.grid.total)
+        count = len(candidates)
+        self.error = torch.zeros((*shape, count), dtype=torch.float64)
+        self.norm = torch.zeros(shape, dtype=torch.float64)
+        self.calls = torch.zeros(shape[:3], dtype=torch.float64)
+        self.density = torch.zeros((2, count), dtype=torch.float64)  # sum, calls
+        self.bands = torch.zeros((*shape[:2], sites.heads, len(BANDS)), dtype=torch.float64)
+        self.maps = torch.zeros((*shape[:2], sites.heads, side, side), dtype=torch.float32)
+        self.skipped = 0
+
+    def not_supported(self, call: AttentionCall) -> list[str]:
+        """Every call can be watched."""
+        return []
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """Return what was measured, sums over calls, by name."""
+        names = ("error", "norm", "calls", "density", "bands", "maps")
+        return {name: getattr(self, name).clone() for name in names}
+
+    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        """Return dense attention, or what the greedy choice gives when errors are carried on."""
+        out = backend.dense(call)
+        if call.step not in self.sites.sampled:
+            return out
+        if call.grid != self.sites.grid or call.head_count != self.sites.heads:
+            self.skipped += 1
+            return out
+        error, norm = self._measure(call, backend, out)
+        where = (call.layer, self.sites.range_of(call.step), BRANCHES.index(_branch(call)))
+        self.error[where] += error
+        self.norm[where] += norm
+        self.calls[where] += 1
+        return out if self.carry is None else self._chosen(call, backend, out, error, norm)
+
+    def _measure(
+        self, call: AttentionCall, backend: Backend, out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return mean squared errors [H, C] and mean squared norms [H] over the sampled queries."""
+        rows, gain = self.sites.rows, self.gains[call.layer]
+        heads, batch = call.head_count, call.query.shape[0]
+        error = torch.zeros((heads, len(self.candidates)), dtype=torch.float64)
+        norm = torch.zeros(heads, dtype=torch.float64)
+        full = self._run_whole(call, backend)
+        for item in range(batch):
+            q, k, v = (t[item].transpose(0, 1).float() for t in (call.query, call.key, call.value))
+            bias = call.additive_mask()
+            line = None if bias is None else bias[min(item, len(bias) - 1)][:, None].float()
+            for part in range(0, len(rows), CHUNK):
+                some = slice(part, part + CHUNK)
+                at = rows[some].to(q.device)
+                weight = weights(q[:, at], k, call.softmax_scale, line)
+                dense = weight @ v / weight.sum(dim=-1, keepdim=True)
+                self._note_shape(call, weight, rows[some])
+                norm += _size(dense, gain) / (batch * len(rows))
+                for number, candidate in enumerate(self.candidates[1:], start=1):
+                    if number in full:
+                        other = full[number][item][:, at]
+                    else:
+                        kept = self._rows_of(number, candidate)[:, some].to(q.device)
+                        other = masked_output(weight, kept, v)
+                    error[:, number] += _size(other - dense, gain) / (batch * len(rows))
+        return error, norm
+
+    def _run_whole(self, call: AttentionCall, backend: Backend) -> dict[int, torch.Tensor]:
+        """Return [B, H, N, D] of the candidates that look at query and key, and note densities."""
+        outputs = {}
+        for number, candidate in enumerate(self.candidates):
+            if candidate.mask is not None or candidate.method.name == "dense":
+                continue
+            fresh = replace(call, memory={})
+            if candidate.method.not_supported(fresh):
+                outputs[number] = torch.full_like(call.query, float("inf")).transpose(1, 2)
+                continue
+            meter = Meter(backend, fresh, lambda c=fresh: backend.dense(c), self._watch)  # type: ignore[misc]
+            result = candidate.method.attend(fresh, meter)
+            outputs[number] = result.float().transpose(1, 2)
+            self.density[0, number] += float(meter.density(fresh))
+            self.density[1, number] += 1
+        return outputs
+
+    def _rows_of(self, number: int, candidate: Candidate) -> torch.Tensor:
+        """Return bool [H or 1, R, N] of a candidate, expanded once per generation."""
+        if number not in self._kept:
+            assert candidate.mask is not None
+            self._kept[number] = mask_rows(candidate.mask, self.sites.rows)
+        return self._kept[number]
+
+    def _note_shape(self, call: AttentionCall, weight: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the rows to the head's map and bands; extra keys behind the sequence are left out."""
+        where = (call.layer, self.sites.range_of(call.step))
+        tokens = self.sites.grid.total
+        share = (weight / weight.sum(dim=-1, keepdim=True))[..., :tokens].cpu()
+        keys = band_keys(self.sites.grid, tuple(rows.tolist()))
+        mass = torch.einsum("hrn,brn->hb", share, keys.to(share.dtype))
+        self.bands[where] += mass.double()
+        self.maps[where] += small_map(share, rows, tokens)
+
+    def _chosen(
+        self,
+        call: AttentionCall,
+        backend: Backend,
+        dense: torch.Tensor,
+        error: torch.Tensor,
+        norm: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the output of each head's candidate of least error plus penalty."""
+        assert self.carry is not None
+        cost = torch.tensor([c.density for c in self.candidates], dtype=torch.float64)
+        best = (error / norm.mean().clamp(min=1e-30) + self.carry * cost).argmin(dim=1)
+        out = dense.clone()
+        for number in sorted({int(b) for b in best} - {0}):
+            heads = (best == number).nonzero().flatten().tolist()
+            part = replace(call.heads(heads), memory={})
+            where = torch.tensor(heads, device=out.device)
+            out.index_copy_(2, where, self.candidates[number].method.attend(part, backend))
+        return out
+
+
+def _branch(call: AttentionCall) -> str:
+    return call.branch if call.branch in BRANCHES else ""
+
+
+def _size(rows: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    """Return float64 [H]: sum over rows of the squared length, behind the output projection."""
+    if gain is None:
+        return rows.double().square().sum(dim=(1, 2)).cpu()
+    return ((rows @ gain.to(rows.device, rows.dtype)) * rows).double().sum(dim=(1, 2)).cpu()

@@ -1,0 +1,133 @@
+"""From a budget to a plan: the table, the weights and the constraints behind one function."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dittools.plans import ModelFacts, Plan
+from dittools.searching.allocate import Unreachable, allocate, within_memory
+from dittools.searching.cost import CostTable
+from dittools.searching.request import Constraints
+from dittools.searching.table import Table, plan_of, problem_of, reuse_neighbours
+from dittools.searching.weigh import to_db
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One allocation.
+
+    Attributes:
+        plan: its rules.
+        choice: int64 [L * R * H], candidate per item.
+        density: predicted share of pairs over the run.
+        cost: predicted attention time as a share of dense.
+        loss: predicted mean squared pixel error, up to the scale of the weights.
+    """
+
+    plan: Plan
+    choice: torch.Tensor
+    density: float
+    cost: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Solves for any budget.
+
+    Attributes:
+        table: errors of all candidates.
+        weight: [L, R].
+        costs: kernel times.
+        constraints: what the plan must keep to.
+        model: whose plan it is.
+        by_time: whether the budget counts attention time instead of density.
+    """
+
+    table: Table
+    weight: torch.Tensor
+    costs: CostTable
+    constraints: Constraints
+    model: ModelFacts
+    by_time: bool = False
+
+    def times(self) -> torch.Tensor:
+        """Return float64 [C]: time of a candidate as a share of dense."""
+        ratios = [
+            1.0
+            if c.method.name == "dense"
+            else self.costs.ratio(c.computed, int(getattr(c.method, "block_size", 128)))
+            for c in self.table.candidates
+        ]
+        return torch.tensor(ratios, dtype=torch.float64)
+
+    def solve(self, budget: float) -> Solution:
+        """Return the best plan whose density (or time share) is at most the budget.
+
+        Raises:
+            Unreachable: the cheapest plan costs more.
+        """
+        by_density = problem_of(self.table, self.weight, self.table.densities(), self.constraints)
+        by_time = problem_of(self.table, self.weight, self.times(), self.constraints)
+        problem = by_time if self.by_time else by_density
+        if self.constraints.mask_bytes:
+            sizes = [c.mask_bytes for c in self.table.candidates]
+            choice = within_memory(problem, budget, sizes, self.constraints.mask_bytes)
+        else:
+            choice = allocate(problem, budget)
+        if self.constraints.reuse:
+            shape = self.table.shape
+            choice = reuse_neighbours(problem, choice, shape, self.constraints.reuse, budget)
+        plan = plan_of(self.table, choice, self.model)
+        return Solution(
+            plan,
+            choice,
+            by_density.total_cost(choice),
+            by_time.total_cost(choice),
+            problem.total_loss(choice),
+        )
+
+    def frontier(self, budgets: Sequence[float]) -> list[Solution]:
+        """Return the solutions of the budgets that can be met."""
+        found = []
+        for budget in budgets:
+            try:
+                found.append(self.solve(budget))
+            except Unreachable:
+                continue
+        return found
+
+    def single(self, number: int) -> Solution:
+        """Return one candidate on every layer, head and step."""
+        layers, ranges, heads = self.table.shape
+        choice = torch.full((layers * ranges * heads,), number, dtype=torch.int64)
+        free = problem_of(self.table, self.weight, self.table.densities(), Constraints())
+        timed = problem_of(self.table, self.weight, self.times(), Constraints())
+        return Solution(
+            Plan.of(self.table.candidates[number].method),
+            choice,
+            free.total_cost(choice),
+            timed.total_cost(choice),
+            free.total_loss(choice),
+        )
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Predicted PSNR of a loss: the sum of isolated errors, rescaled by one joint run.
+
+    Attributes:
+        offset_db: what the joint run was better than the sum said; errors are not additive.
+    """
+
+    offset_db: float
+
+    @staticmethod
+    def fitted(loss: float, psnr_db: float) -> "Predictor":
+        """Return the predictor that is right about one measured plan."""
+        return Predictor(psnr_db - to_db(loss))
+
+    def psnr_db(self, loss: float) -> float:
+        """Return the predicted PSNR, capped at 120."""
+        return min(to_db(loss) + self.offset_db, 120.0) if loss > 0 else 120.0

@@ -1,0 +1,190 @@
+"""Units of work: each done once, kept in a file, shared between processes; killed runs go on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dittools.errors import InputError
+from dittools.pipelines.output import atomic
+
+Result = dict[str, torch.Tensor]
+Report = Callable[[str, int, int], None]  # (what, units done, units in all)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One piece of work.
+
+    Attributes:
+        key: names it for good: same key, same result.
+        owner: whole number that is spread over the processes.
+        run: does it.
+    """
+
+    key: str
+    owner: int
+    run: Callable[[], Result]
+
+
+class Store:
+    """Does units and remembers their results.
+
+    Args:
+        folder: where results are kept; None keeps them in memory only.
+        report: called after every unit.
+    """
+
+    def __init__(self, folder: Path | None, report: Report | None = None) -> None:
+        """Find this process's place among the others."""
+        self.folder, self._report = folder, report
+        self.rank, self.world = _place()
+        self._known: dict[str, Result] = {}
+        self.done = 0  # units this process really ran
+
+    def run(self, what: str, units: Sequence[Unit]) -> list[Result]:
+        """Return the results in the order of the units; all processes get all of them."""
+        for finished, unit in enumerate(units, start=1):
+            if unit.owner % self.world == self.rank and self._load(unit.key) is None:
+                self._save(unit.key, unit.run())
+                self.done += 1
+            if self._report is not None and self.rank == 0:
+                self._report(what, finished, len(units))
+        if self.world > 1:
+            self._exchange(units)
+        return [self._known[unit.key] for unit in units]
+
+    def once(self, key: str, make: Callable[[], Result]) -> Result:
+        """Return a result only this process needs; from its file when there is one."""
+        found = self._load(key)
+        if found is None:
+            found = make()
+            self._save(key, found)
+        return found
+
+    def forget(self, key: str) -> None:
+        """Drop a large result from memory; its file stays."""
+        if self.folder is not None:
+            self._known.pop(key, None)
+
+    def _path(self, key: str) -> Path | None:
+        if self.folder is None:
+            return None
+        safe = hashlib.sha256(key.encode()).hexdigest()[:24]
+        return self.folder / f"{safe}.safetensors"
+
+    def _load(self, key: str) -> Result | None:
+        """Return a known result; a file that cannot be read counts as not there."""
+        if key in self._known:
+            return self._known[key]
+        path = self._path(key)
+        if path is None or not path.exists():
+            return None
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            found: Result = load(path.read_bytes())
+        except (SafetensorError, OSError, ValueError):
+            path.unlink(missing_ok=True)  # damaged on disk: the unit is done again
+            return None
+        self._known[key] = found
+        return found
+
+    def _save(self, key: str, result: Result) -> None:
+        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in result.items()}
+        self._known[key] = ready
+        path = self._path(key)
+        if path is not None:
+            from safetensors.torch import save
+
+            with atomic(path) as temporary:
+                temporary.write_bytes(save(ready))
+
+    def _exchange(self, units: Sequence[Unit]) -> None:
+        """Give every process the results of the others, as bytes of safetensors."""
+        import torch.distributed as dist
+        from safetensors.torch import load, save
+
+        for unit in units:
+            source = unit.owner % self.world
+            mine = source == self.rank
+            blob = save(self._known[unit.key]) if mine else b""
+            length = torch.tensor([len(blob)])
+            dist.broadcast(length, source)
+            body = torch.frombuffer(bytearray(blob), dtype=torch.uint8) if mine else None
+            if body is None:
+                body = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(body, source)
+            if not mine and unit.key not in self._known:
+                self._save(unit.key, load(body.numpy().tobytes()))
+
+
+def _place() -> tuple[int, int]:
+    """Return rank and number of processes; joins the group `accelerate launch` describes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return 0, 1
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return int(state.process_index), int(state.num_processes)
+
+
+def is_main() -> bool:
+    """Whether this process writes the results."""
+    return _place()[0] == 0
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 16 hex digits that stand for JSON values and strings."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Return a digest of names, shapes and a sample of every parameter: 64 values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().flatten()
+        step = max(1, len(flat) // 64)
+        digest.update(flat[::step][:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file, one a line, blank lines left out.
+
+    Raises:
+        InputError: missing, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(
+            f"cannot read the prompts file {path}: {error.strerror or error}",
+            remedy="a UTF-8 text file with one prompt a line",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the prompts file {path} is not UTF-8",
+            got=f"byte {error.object[error.start]:#04x} at position {error.start}",
+            remedy="save it as UTF-8",
+        ) from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError(f"the prompts file {path} holds no prompt", remedy="one prompt a line")
+    return prompts
