@@ -11,8 +11,7 @@ import numpy as np
 
 from dittools.errors import InputError
 from dittools.metrics.clips import Clip, Pixels, as_float, read_clip, same_shape
-from dittools.metrics.fidelity import compare as fidelity
-from dittools.metrics.fidelity import worst_second
+from dittools.metrics.fidelity import frame_psnr, worst_second
 from dittools.metrics.results import reasons_not_comparable
 
 Document = tuple[Path, dict[str, Any]]
@@ -251,7 +250,7 @@ def _pairs(path: Path, document: dict[str, Any]) -> str:
 
 def _pair(name: str, dense: Clip, other: Clip) -> str:
     picture, top = heat_map(dense.pixels, other.pixels)
-    curve = fidelity(as_float(dense.pixels), as_float(other.pixels)).frame_psnr_db
+    curve = frame_psnr(as_float(dense.pixels), as_float(other.pixels))
     first, last = worst_second(curve, dense.fps or 1)
     mean = float(np.mean(curve[first : last + 1]))
     chosen = np.unique(np.linspace(first, last, SHOWN_FRAMES).round().astype(int))

@@ -63,7 +63,7 @@ def compare(reference: Frames, other: Frames) -> Fidelity:
         )
     check_frames(reference, "the first clip")
     check_frames(other, "the second clip")
-    squares = frame_errors(reference, other)
+    squares = _frame_errors(reference, other)
     frame_ssim = _per_frame(reference, other, _ssim)
     large = min(reference.shape[1:3]) >= MS_SSIM_LEAST_SIDE
     return Fidelity(
@@ -75,8 +75,12 @@ def compare(reference: Frames, other: Frames) -> Fidelity:
     )
 
 
-def frame_errors(reference: Frames, other: Frames) -> tuple[float, ...]:
-    """Return the mean square error of each frame."""
+def frame_psnr(reference: Frames, other: Frames) -> tuple[float, ...]:
+    """Return the PSNR of each frame in dB, capped at 120; for clips already known to fit."""
+    return tuple(_psnr(value) for value in _frame_errors(reference, other))
+
+
+def _frame_errors(reference: Frames, other: Frames) -> tuple[float, ...]:
     return tuple(
         float(np.square(first.astype(np.float64) - second.astype(np.float64)).mean())
         for first, second in zip(reference, other, strict=True)
