@@ -133,7 +133,8 @@ def qwen_image() -> Any:
         tokenizer=tokenizer("chat", 1024),
         transformer=transformer,
     )
-    pipe.prompt_template_encode_start_idx = 3  # of the stock 34 tokens a toy prompt would not last
+    # the stock template's 34 tokens are cut off again, which a toy vocabulary does not survive
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "{}", 0
     return pipe
 
 

@@ -37,10 +37,9 @@ def save_plan(plan: Plan, path: Path) -> Path:
         content["model"] = dict(zip(_MODEL, values, strict=True))
     content["schedule"] = {name: getattr(plan.schedule, name) for name in _SCHEDULE}
     content["rules"] = [_rule_out(n, rule, tensors) for n, rule in enumerate(plan.rules)]
+    side, blob = path.with_suffix(".safetensors"), b""
     if tensors:
-        side = path.with_suffix(".safetensors")
         blob = _tensor_bytes(tensors)
-        _write(side, blob)
         content["tensors"] = {"file": side.name, "sha256": hashlib.sha256(blob).hexdigest()}
     content["provenance"] = dict(plan.provenance)
     content["measured"] = dict(plan.measured)
@@ -48,6 +47,8 @@ def save_plan(plan: Plan, path: Path) -> Path:
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise PlanError(f"the plan holds something JSON cannot: {error}") from error
+    if tensors:
+        _write(side, blob)
     _write(path, (text + "\n").encode())
     return path
 

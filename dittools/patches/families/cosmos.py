@@ -4,6 +4,10 @@ from dittools.patches.adapters import Family, latent_video, register_family
 
 FAMILY = register_family(
     Family(
-        "cosmos", ("CosmosTransformer3DModel",), (r"transformer_blocks\.\d+\.attn1",), latent_video
+        "cosmos",
+        ("CosmosTransformer3DModel",),
+        (r"transformer_blocks\.\d+\.attn1",),
+        latent_video,
+        branches=("cond", "uncond"),
     )
 )

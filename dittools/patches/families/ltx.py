@@ -1,4 +1,4 @@
-"""LTX-Video and LTX-2: video tokens only in `attn1`; LTX-2's audio and cross-modal sites stay stock."""
+"""LTX-Video and LTX-2: video tokens only in `attn1`; LTX-2's other sites stay stock."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: joint attention over [image, text]; medium adds image-only `attn2`."""
+"""Stable Diffusion 3 and 3.5: joint attention over [image, text]; `attn2` is image only."""
 
 from collections.abc import Mapping
 from dataclasses import replace

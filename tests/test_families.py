@@ -1,0 +1,328 @@
+"""Every model family at toy size: exact when dense, text where it should be, padding unread."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+
+from dittools.call import AttentionCall
+from dittools.errors import AttachError, InputError
+from dittools.kernels import Backend
+from dittools.mask import BlockMask
+from dittools.methods import build
+from dittools.patches import Family, Layout, attach, families, register_family
+from dittools.patches.adapters import _FAMILIES, argument, latent_video
+from dittools.patches.families import flux, qwen_image
+from dittools.pipelines import tiny
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Runs the sparse path with a mask that keeps everything: must equal dense attention."""
+
+    name: ClassVar[str] = "whole"
+
+    def not_supported(self, call: AttentionCall) -> list[str]:
+        return []
+
+    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        size = max(8, call.query.shape[1] // 3)  # ragged: three blocks and a rest
+        mask = BlockMask.full(call.query.shape[1], call.key.shape[1], size)
+        return backend.block_sparse(call, mask)
+
+
+@dataclass(frozen=True)
+class Spy:
+    """Notes every call it is given and runs it dense."""
+
+    name: ClassVar[str] = "spy"
+    seen: list[AttentionCall] = field(default_factory=list)
+
+    def not_supported(self, call: AttentionCall) -> list[str]:
+        return []
+
+    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        self.seen.append(call)
+        return backend.dense(call)
+
+
+class Facts(NamedTuple):
+    """What a short call of a toy pipeline must show."""
+
+    grids: list[str]
+    branches: list[str]
+    calls: int  # eligible attention calls of 2 steps
+    steps: int = 2
+
+
+FACTS = {
+    "wan": Facts(["3x2x3"], ["cond", "uncond"], 8),
+    "wan22": Facts(["3x2x3"], ["cond", "uncond"], 8),
+    "wan_vace": Facts(["3x2x3"], ["cond", "uncond"], 20),
+    "ltx": Facts(["3x8x16"], ["cond_uncond"], 4),
+    "ltx2": Facts(["3x16x16"], ["cond_uncond", "uncond_modality", "uncond_stg"], 12),
+    "cogvideox": Facts(["3x2x3 + 16 text"], ["cond_uncond"], 4),
+    "hunyuan_video": Facts(["3x4x6 + 16 text"], ["cond"], 4),
+    "hunyuan_video15": Facts(["5x4x6 + 761 text"], ["cond", "uncond"], 8),
+    "mochi": Facts(["2x4x6 + 1 text", "2x4x6 + 6 text"], ["cond_uncond"], 8),
+    "allegro": Facts(["2x4x4"], [""], 4),
+    "flux": Facts(["1x8x12 + 16 text"], ["cond"], 4),
+    "flux2": Facts(["1x8x12 + 16 text"], ["cond", "uncond"], 8),
+    "qwen_image": Facts(["1x4x6 + 3 text", "1x4x6 + 5 text"], ["cond", "uncond"], 8),
+    "sd3": Facts(["1x16x24", "1x16x24 + 32 text"], [""], 6),
+    "pixart": Facts(["1x4x6"], [""], 4),
+    "cosmos": Facts(["1x4x6"], ["cond", "uncond"], 8),
+    "auraflow": Facts(["1x8x12 + 24 text"], [""], 4),
+    "z_image": Facts(["1x8x12 + 32 text"], [""], 4),
+    "lumina2": Facts(["1x4x6 + 1 text", "1x4x6 + 32 text"], ["cond", "uncond"], 8),
+    "sd": Facts(["1x16x24", "1x8x12"], [""], 21, 3),  # PNDM evaluates once more
+    "sdxl": Facts(["1x16x24", "1x8x12"], [""], 22),
+}
+# larger where the stock toy size leaves too few tokens for two blocks
+SIZES: dict[str, dict[str, int]] = {
+    "mochi": {"height": 64, "width": 96},
+    "allegro": {"height": 64, "width": 64},
+}
+NAMES = sorted(FACTS)
+
+
+@cache
+def pipeline(name: str) -> Any:
+    return tiny.build(name)
+
+
+def run(name: str, *, seed: int = 0, **changes: Any) -> torch.Tensor:
+    """Latents after two steps."""
+    arguments = {**tiny.call_arguments(name), "output_type": "latent", "num_inference_steps": 2}
+    arguments |= {**SIZES.get(name, {}), **changes}
+    made = pipeline(name)(**arguments, generator=torch.Generator().manual_seed(seed))
+    latents: torch.Tensor = made.frames if hasattr(made, "frames") else made.images
+    return latents
+
+
+@cache
+def stock(name: str) -> torch.Tensor:
+    return run(name)
+
+
+def test_every_toy_pipeline_is_checked() -> None:
+    assert set(tiny.TINY) == {*FACTS, "sana"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dense_and_detached_are_bit_equal(name: str) -> None:
+    expected = stock(name)
+    with attach(pipeline(name), "dense") as handle:
+        assert torch.equal(run(name), expected)
+        report = handle.report()
+    assert torch.equal(run(name), expected)
+    facts = FACTS[name]
+    assert report.grids == facts.grids
+    assert report.branches == facts.branches
+    assert report.calls == {"sparse": 0, "dense": facts.calls, "passed_through": 0}
+    assert report.steps == facts.steps
+    assert (report.fallbacks, report.coverage["never_fired"]) == ({}, {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_density_one_equals_dense(name: str) -> None:
+    with attach(pipeline(name), Whole(), backend="reference") as handle:
+        worst = (run(name) - stock(name)).abs().max()
+        assert worst <= 1e-4 * stock(name).abs().max()  # sdxl latents reach 15
+        report = handle.report()
+    assert report.calls["sparse"] == FACTS[name].calls
+    assert report.density == 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_method_returns_reaches_the_picture(name: str) -> None:
+    method = build("random", {"density": 0.3, "block_size": 8})
+    with attach(pipeline(name), method, backend="cpu") as handle:
+        assert not torch.equal(run(name), stock(name))
+        assert handle.report().calls["sparse"] == FACTS[name].calls
+
+
+# rows of V at the first site that depend on the noise; Z-Image mixes image padding in before
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("z_image", "sd", "sdxl")])
+def test_the_grid_is_where_the_noise_is(name: str) -> None:
+    spies = [Spy(), Spy()]
+    for seed, spy in enumerate(spies):
+        with attach(pipeline(name), spy):
+            run(name, seed=seed)
+    one, two = (next(c for c in spy.seen if c.layer == 0) for spy in spies)
+    differs = (one.value != two.value).any(dim=3).any(dim=2)[0]
+    grid = one.grid
+    expected = torch.zeros(grid.total, dtype=torch.bool)
+    expected[grid.text_before : grid.text_before + grid.tokens] = True
+    assert torch.equal(differs, expected)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_unet_is_placed_at_each_resolution_in_execution_order(name: str) -> None:
+    spy = Spy()
+    with attach(pipeline(name), spy) as handle:
+        run(name, num_inference_steps=1)
+        sites = [layer.site for layer in handle.report().layers]
+    first = [c.layer for c in spy.seen if c.step == 0]
+    assert first == list(range(len(sites)))
+    assert [s.split(".")[1].split("_")[0] for s in sites] == sorted(
+        (s.split(".")[1].split("_")[0] for s in sites), key=["down", "mid", "up"].index
+    )
+    assert all(c.grid.total == c.query.shape[1] for c in spy.seen)
+
+
+TWO = ["a red circle moving left over a plain background", "a"]
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "lumina2", "mochi", "qwen_image", "z_image"])
+def test_rows_with_prompts_of_different_length_equal_dense(name: str) -> None:
+    changes: dict[str, Any] = {"prompt": TWO}
+    if name == "qwen_image":
+        changes["negative_prompt"] = ["a blue square", "a"]
+    expected = run(name, **changes)
+    with attach(pipeline(name), "dense"):
+        assert torch.equal(run(name, **changes), expected)
+    with attach(pipeline(name), Whole(), backend="reference") as handle:
+        torch.testing.assert_close(run(name, **changes), expected, atol=1e-4, rtol=1e-4)
+        report = handle.report()
+    assert report.fallbacks == {}
+    assert report.calls["sparse"] >= FACTS[name].calls
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video15", "qwen_image"])
+def test_padded_prompt_tokens_are_masked_out(name: str) -> None:
+    spy = Spy()
+    changes = {"prompt": TWO, "negative_prompt": TWO[::-1]} if name == "qwen_image" else {}
+    with attach(pipeline(name), spy):
+        run(name, num_inference_steps=1, **changes)
+    call = spy.seen[0]
+    assert call.key_mask is not None
+    text = call.grid.text_before
+    assert call.key_mask[:, text : text + call.grid.tokens].all()
+    dropped = (~call.key_mask).sum(dim=1)
+    assert dropped.max() > 0
+    assert dropped.max() < call.grid.text
+
+
+def test_the_second_attention_of_sd35_medium_sees_the_image_alone() -> None:
+    spy = Spy()
+    with attach(pipeline("sd3"), spy) as handle:
+        run("sd3", num_inference_steps=1)
+        sites = [layer.site.removeprefix("transformer.") for layer in handle.report().layers]
+    assert sites == [f"transformer_blocks.{p}" for p in ("0.attn", "0.attn2", "1.attn")]
+    assert [c.grid.text for c in spy.seen] == [32, 0, 32]
+
+
+def test_sana_says_what_it_cannot_do() -> None:
+    with pytest.raises(AttachError, match="linear"):
+        attach(pipeline("sana"), "dense")
+
+
+def test_reference_images_of_flux_stand_behind_the_image() -> None:
+    def ids(number: int, height: int, width: int) -> torch.Tensor:
+        rows = torch.cartesian_prod(torch.tensor([number]), torch.arange(height))
+        return torch.tensor([(*r.tolist(), w) for r in rows for w in range(width)])
+
+    both = torch.cat((ids(0, 4, 6), ids(1, 2, 3)))
+    assert flux.image_size(both) == (4, 6, 6)
+    arguments = {"img_ids": both, "encoder_hidden_states": torch.zeros(1, 5, 8)}
+    (grid,) = flux.layout(arguments, torch.nn.Identity()).grids
+    assert (grid.shape, grid.text_before, grid.text_after) == ((1, 4, 6), 5, 6)
+    with pytest.raises(AttachError, match="raster"):
+        flux.image_size(both[:-9])
+
+
+def test_images_to_edit_of_qwen_stand_behind_the_image() -> None:
+    arguments = {
+        "img_shapes": [[(1, 4, 6), (1, 2, 3)]],
+        "encoder_hidden_states": torch.zeros(1, 7, 8),
+    }
+    (grid,) = qwen_image.layout(arguments, torch.nn.Identity()).grids
+    assert (grid.shape, grid.text_before, grid.text_after) == ((1, 4, 6), 7, 6)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "UniPCMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DDIMScheduler",
+        "EulerDiscreteScheduler",
+    ],
+)
+def test_steps_are_counted_with_any_scheduler(scheduler: str) -> None:
+    import diffusers
+
+    pipe = pipeline("sd")
+    old = pipe.scheduler
+    spy = Spy()
+    try:
+        with attach(pipe, spy):
+            pipe.scheduler = getattr(diffusers, scheduler)()
+            run("sd", num_inference_steps=4)
+            run("sd", num_inference_steps=3)
+    finally:
+        pipe.scheduler = old
+    seen = [(c.step, c.steps) for c in spy.seen if c.layer == 0]
+    assert seen == [(s, 4) for s in range(4)] + [(s, 3) for s in range(3)]
+
+
+def test_a_repeated_timestep_is_a_step_of_its_own() -> None:
+    spy = Spy()
+    with attach(pipeline("sd"), spy):  # PNDM
+        run("sd", num_inference_steps=4)
+    assert [c.step for c in spy.seen if c.layer == 0] == [0, 1, 2, 3, 4]
+
+
+def test_the_presets_of_a_variant_are_told_from_the_model() -> None:
+    handle = attach(pipeline("wan22"), "radial")
+    assert "Wan2.2" in handle.report().preset
+    handle.detach()
+
+
+def test_a_family_of_your_own_is_one_entry() -> None:
+    def upside_down(arguments: Any, denoiser: torch.nn.Module) -> Layout:
+        argument(arguments, "hidden_states")
+        return latent_video(arguments, denoiser)
+
+    stand_in = Family("mine", ("WanTransformer3DModel",), (r"blocks\.1\.attn1",), upside_down)
+    known = dict(families())
+    try:
+        _FAMILIES.clear()
+        register_family(stand_in)
+        with attach(pipeline("wan"), "dense") as handle:
+            run("wan", num_inference_steps=1)
+            assert [layer.site for layer in handle.report().layers] == [
+                "transformer.blocks.1.attn1"
+            ]
+    finally:
+        _FAMILIES.clear()
+        _FAMILIES.update(known)
+
+
+def test_an_unknown_grid_runs_dense_and_says_why() -> None:
+    def lost(arguments: Any, denoiser: torch.nn.Module) -> Layout:
+        raise AttachError("no map")
+
+    known = families()["wan"]
+    try:
+        register_family(Family("wan", known.denoisers, known.sites, lost))
+        with attach(pipeline("wan"), Spy()) as handle:
+            assert torch.equal(run("wan"), stock("wan"))
+            assert handle.report().fallbacks == {"the token grid is not known: no map": 8}
+    finally:
+        register_family(known)
+
+
+def test_unknown_toy_names_list_the_known_ones() -> None:
+    with pytest.raises(InputError, match="hunyuan_video"):
+        tiny.build("wann")
+    assert tiny.settings_for("wan")["frames"] == 9
+
+
+def test_toy_weights_are_the_same_every_time() -> None:
+    one, two = tiny.build("flux").transformer, tiny.build("flux").transformer
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, two.state_dict()[name]), name
