@@ -72,6 +72,38 @@ def test_interpreter_stays_within_twice_the_error_of_the_dtype(
     assert_within_budget(interpreted[case.name])  # type: ignore[attr-defined]
 
 
+EIGHT = case_module().eight_bit_cases()
+
+
+def assert_rounds_no_more_than_it_must(row: dict[str, object], values: str) -> None:
+    assert row["finite"]
+    assert row["empty_right"]
+    # own: against the same 8-bit numbers, so only weights and sums are rounded; the interpreter
+    # cuts bf16 and fp8 off where a device rounds to nearest, which doubles their part
+    own, whole = {"half": (8e-3, 0.03), "int8": (1.5e-2, 0.04), "fp8": (0.07, 0.08)}[values]
+    assert row["own_error"] < own, row
+    assert row["error"] < whole, row
+    assert row["lse_error"] < 0.1, row
+
+
+@needs_triton
+@pytest.mark.parametrize(("case", "values"), EIGHT, ids=lambda part: getattr(part, "name", part))
+def test_eight_bit_attention_stays_near_exact_with_offset_keys(
+    case: object, values: str, interpreted: dict[str, dict[str, object]]
+) -> None:
+    row = interpreted[f"{case.name}-{values}"]  # type: ignore[attr-defined]
+    assert_rounds_no_more_than_it_must(row, values)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("case", "values"), EIGHT, ids=lambda part: getattr(part, "name", part))
+def test_eight_bit_attention_stays_near_exact_on_the_device(case: object, values: str) -> None:
+    if values == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("FP8 needs compute capability 8.9")
+    assert_rounds_no_more_than_it_must(case_module().quantised(case, values, "cuda"), values)
+
+
 @needs_triton
 def test_nan_query_spoils_its_own_row_only(interpreted: dict[str, dict[str, object]]) -> None:
     assert interpreted["nan-row"]["bad"] == [[0, 5, 1]]
@@ -105,12 +137,37 @@ def test_compiles_without_spills_and_within_shared_memory(
 
 
 @needs_triton
+@pytest.mark.parametrize(("quant", "capability"), [("int8", 80), ("int8+fp8", 90)])
+def test_eight_bit_variants_compile_without_spills(quant: str, capability: int) -> None:
+    from dittools.kernels.triton_aot import Variant
+
+    assert_fits(Variant(128, 128, 64, quant=quant), capability)
+
+
+@needs_triton
+def test_eight_bit_backends_refuse_with_the_reason() -> None:
+    call = call_of(dim=16)
+    for name in ("triton_int8", "triton_int8_int8", "triton_int8_fp8"):
+        reasons = "; ".join(load(name).not_supported(call, half_mask(block=16)))
+        assert load(name).name == name
+        assert "needs CUDA tensors" in reasons
+        assert "head_dim above 16, got 16" in reasons
+        assert "takes float16 or bfloat16" in reasons
+        assert ("multiple of 32, got 16" in reasons) == (name != "triton_int8")
+        assert ("compute capability 8.9" in reasons) == name.endswith("fp8")
+        with pytest.raises(UnsupportedCall, match="needs CUDA tensors"):
+            load(name).block_sparse(call, half_mask(block=16))
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_main_variant_compiles_without_spills(capability: int) -> None:
     from dittools.kernels.triton_aot import main_variants
 
     for variant in main_variants():
+        if variant.quant == "int8+fp8" and capability < 89:
+            continue
         assert_fits(variant, capability)
 
 

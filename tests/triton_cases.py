@@ -205,6 +205,67 @@ def low_precision(call: AttentionCall, mask: BlockMask) -> torch.Tensor:
     return out.to(call.query.dtype).double().transpose(1, 2)
 
 
+def quantised(case: Case, values: str, device: str = "cpu") -> dict[str, object]:
+    """Return the error of 8-bit attention against fp64, on its own 8-bit numbers and on the call's.
+
+    Keys share a large offset, which rounding to 8 bits would not survive without smoothing.
+    """
+    from dittools.kernels import triton_quant
+    from dittools.kernels.program import program
+
+    call, mask = build(case, device)
+    call.key.add_(8.0)
+    eight = triton_quant.quantise(call, mask.to(call.query.device), values)
+    out, lse = triton_quant.launch_quantised(call, program(mask, call), eight, values)
+    wide = {name: getattr(call, name).double() for name in ("query", "key", "value")}
+    exact, exact_lse = ReferenceBackend().block_sparse(replace(call, **wide), mask, return_lse=True)
+    rounded = _dequantised(eight, mask, {name: t.shape[1] for name, t in wide.items()})
+    near, _ = ReferenceBackend().block_sparse(replace(call, **rounded), mask, return_lse=True)
+    kept = exact_lse > float("-inf")
+    return {
+        "name": f"{case.name}-{values}",
+        "error": _relative(out, exact),
+        "own_error": _relative(out, near),
+        "lse_error": float((lse - exact_lse)[kept].abs().max()),
+        "empty_right": bool(torch.equal(lse > float("-inf"), kept) and not out[~kept].any()),
+        "finite": bool(out.isfinite().all()),
+    }
+
+
+def _relative(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def _dequantised(eight: object, mask: BlockMask, length: dict[str, int]) -> dict[str, torch.Tensor]:
+    """The 8-bit numbers as fp64 tensors in the sequence's order; padding slots are dropped."""
+    q_scale = eight.q_scale.repeat_interleave(mask.q_block, 2).transpose(1, 2)[..., None]
+    k_scale = eight.k_scale.repeat_interleave(mask.kv_block, 2).transpose(1, 2)[..., None]
+    v_scale = 1.0 if eight.v_scale is None else eight.v_scale[:, None].double()
+    slots = {
+        "query": eight.query.double() * q_scale[:, : eight.query.shape[1]],
+        "key": eight.key.double() * k_scale[:, : eight.key.shape[1]],
+        "value": eight.value.to(torch.float32).double() * v_scale,
+    }
+    if mask.order is None:
+        return {name: slots[name][:, : length[name]] for name in slots}
+    tokens, count = mask.order.tokens, mask.order.slots
+    undone = {}
+    for name, tensor in slots.items():
+        extra = tensor[:, count : count + length[name] - tokens]
+        undone[name] = torch.cat((mask.order.undo(tensor[:, :count]), extra), dim=1)
+    return undone
+
+
+def eight_bit_cases() -> list[tuple[Case, str]]:
+    """Plain and gathered, ragged and padded, with each form of the values."""
+    picked = [
+        Case(2, dtype="bf16", head_dim=128, q_block=128, batch=2),
+        Case(3, dtype="fp16", order="padded", text=11, bias="dropped"),
+        Case(4, dtype="bf16", order="heads", extra=13, bias="heads", head_dim=72),
+    ]
+    return [(case, values) for case in picked for values in ("half", "int8", "fp8")]
+
+
 def nan_row(device: str = "cpu") -> dict[str, object]:
     """Return which query rows are NaN after one query row is."""
     from dittools.kernels.triton_backend import TritonBackend
@@ -225,4 +286,6 @@ if __name__ == "__main__":
     torch.empty = _nan_filled  # type: ignore[assignment]  # an unwritten output must show
     for one in cases():
         sys.stdout.write(json.dumps(check(one)) + "\n")
+    for one, values in eight_bit_cases():
+        sys.stdout.write(json.dumps(quantised(one, values)) + "\n")
     sys.stdout.write(json.dumps(nan_row()) + "\n")

@@ -160,7 +160,8 @@ def main_variants() -> list[Variant]:
     ]
     plain.append(Variant(128, 128, 128))
     cut = [variant._replace(masked=True) for variant in plain]
-    return plain + cut + [variant._replace(gather=True, bias=True) for variant in cut]
+    eight = [plain[3]._replace(quant=kind) for kind in ("int8", "int8+int8", "int8+fp8")]
+    return plain + cut + [variant._replace(gather=True, bias=True) for variant in cut] + eight
 
 
 def table(variants: list[Variant] | None = None, capabilities: tuple[int, ...] = (80, 90)) -> str:
@@ -168,6 +169,8 @@ def table(variants: list[Variant] | None = None, capabilities: tuple[int, ...] =
     lines = ["target  variant                                   tile warps stages  regs spill smem"]
     for variant in main_variants() if variants is None else variants:
         for capability in capabilities:
+            if variant.quant == "int8+fp8" and capability < 89:
+                continue
             used = compile_variant(variant, capability)
             c = used.config
             extra = [n for n in ("gather", "bias", "masked") if getattr(variant, n)]

@@ -97,11 +97,11 @@ def _walk(
         v_at = v_base + place * stride_vs + offs_d[None, :] * stride_vd
         if MASKED:
             real = (token >= 0)[:, None] & in_head
-            k = tl.load(k_at, mask=real, other=0)
-            v = tl.load(v_at, mask=real, other=0)
+            k = tl.load(k_at, mask=real, other=0.0)
+            v = tl.load(v_at, mask=real, other=0.0)
         elif HEAD_DIM != BLOCK_D:
-            k = tl.load(k_at, mask=in_head, other=0)
-            v = tl.load(v_at, mask=in_head, other=0)
+            k = tl.load(k_at, mask=in_head, other=0.0)
+            v = tl.load(v_at, mask=in_head, other=0.0)
         else:
             k = tl.load(k_at)
             v = tl.load(v_at)
@@ -140,7 +140,10 @@ def _walk(
             rounded = (p * 127 + 0.5).to(tl.int8)
             acc += tl.dot(rounded, v).to(tl.float32)
         elif P_RANGE == 448:
-            acc = tl.dot((p * 448).to(v.dtype), v, acc)
+            low = (p * 448).to(v.dtype)
+            acc = (
+                tl.dot(low.to(tl.float32), v.to(tl.float32), acc) if UPCAST else tl.dot(low, v, acc)
+            )
         elif UPCAST:
             low = p.to(v.dtype).to(tl.float32)
             acc = tl.dot(low, v.to(tl.float32), acc, input_precision=PRECISION)
@@ -192,7 +195,7 @@ def attend_kernel(
     source = _place(block * Q_BLOCK, index_base, inside, q_slots, GATHER, True)
     q_at = q_ptr + batch * stride_qb + wide * stride_qh
     q_at = q_at + source.to(tl.int64)[:, None] * stride_qs + offs_d[None, :] * stride_qd
-    q = tl.load(q_at, mask=(source >= 0)[:, None] & in_head, other=0)
+    q = tl.load(q_at, mask=(source >= 0)[:, None] & in_head, other=0.0)
 
     factor = scale
     k_scale_base = k_scale_ptr
