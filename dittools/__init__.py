@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from dittools.patches import attach as attach
     from dittools.patches import detach as detach
     from dittools.plans import Plan as Plan
-    from dittools.searching import SearchResult as SearchResult
-    from dittools.searching import search as search
+    from dittools.searching.api import SearchResult as SearchResult
+    from dittools.searching.api import search as search
+    from dittools.searching.forecast import Forecast as Forecast
+    from dittools.searching.forecast import forecast as forecast
 
 # public name -> module that holds it
 _HOMES = {
@@ -39,12 +41,13 @@ _HOMES = {
     "AttentionCall": "dittools.call",
     "BlockMask": "dittools.mask",
     "DitToolsError": "dittools.errors",
+    "Forecast": "dittools.searching.forecast",
     "InputError": "dittools.errors",
     "METHODS": "dittools.methods",
     "Plan": "dittools.plans",
     "PlanError": "dittools.errors",
     "Report": "dittools.patches",
-    "SearchResult": "dittools.searching",
+    "SearchResult": "dittools.searching.api",
     "TokenGrid": "dittools.grid",
     "TokenOrder": "dittools.order",
     "UnknownMethod": "dittools.errors",
@@ -53,8 +56,9 @@ _HOMES = {
     "attention": "dittools.functional",
     "block_sparse_attention": "dittools.functional",
     "detach": "dittools.patches",
+    "forecast": "dittools.searching.forecast",
     "pipelines": "",
-    "search": "dittools.searching",
+    "search": "dittools.searching.api",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -253,9 +253,13 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
 
 
 from dittools.commands import bench as _bench  # noqa: E402 -- commands print through this module
+from dittools.commands import forecast as _forecast  # noqa: E402
+from dittools.commands import inspect as _inspect  # noqa: E402
 from dittools.commands import quality as _quality  # noqa: E402
 from dittools.commands import search as _search  # noqa: E402
 
 app.command()(_quality.quality)
 app.add_typer(_bench.app, name="bench")
 app.command()(_search.search)
+app.command()(_forecast.forecast)
+app.command()(_inspect.inspect)

@@ -31,6 +31,7 @@ class CostTable:
         tokens, heads, head_dim: of the calls.
         dense_ms: one dense call.
         sparse_ms: block size -> ((share of blocks visited, ms), ...), rising.
+        split_ms: what it takes to part the heads of a call in two and to put results together.
         attention_share: part of a dense generation spent in attention; 0 when not measured.
         seconds: wall time of a dense generation; 0 when not measured.
     """
@@ -43,8 +44,14 @@ class CostTable:
     head_dim: int
     dense_ms: float
     sparse_ms: dict[int, tuple[tuple[float, float], ...]]
+    split_ms: float = 0.0
     attention_share: float = 0.0
     seconds: float = 0.0
+
+    @property
+    def split_ratio(self) -> float:
+        """Time to split the heads of a call and join them again, as a share of a dense call."""
+        return self.split_ms / self.dense_ms if self.basis == "measured" else 0.0
 
     def ratio(self, computed: float, block: int) -> float:
         """Return the time of a mask as a share of a dense call of the same heads.
@@ -116,10 +123,11 @@ def measure_costs(
         for share in SHARES:
             method = build("random", {"density": share, "block_size": block})
             masks[block, share] = method.mask(grid).to(device)  # type: ignore[attr-defined]
-    times: dict[Any, list[float]] = {key: [] for key in ("dense", *masks)}
+    times: dict[Any, list[float]] = {key: [] for key in ("dense", "split", *masks)}
     try:
         for _ in range(_REPEATS + 1):
             times["dense"].append(_time(lambda: runner.dense(call), device))
+            times["split"].append(_time(lambda: _split(call), device))
             for key, mask in masks.items():
                 times[key].append(_time(lambda m=mask: runner.block_sparse(call, m), device))
     except UnsupportedCall:
@@ -135,7 +143,19 @@ def measure_costs(
         head_dim,
         median["dense"],
         {b: points for b, points in sparse.items() if len(points) > 1},
+        median["split"],
     )
+
+
+def _split(call: AttentionCall) -> torch.Tensor:
+    """Copy the heads of a call into two parts, and one tensor of each into a whole."""
+    middle = max(1, call.head_count // 2)
+    out = torch.empty_like(call.query)
+    for heads in (list(range(middle)), list(range(middle, call.head_count))):
+        if heads:
+            where = torch.tensor(heads, device=out.device)
+            out.index_copy_(2, where, call.heads(heads).query)
+    return out
 
 
 def _rising(points: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
