@@ -1,5 +1,6 @@
 """Every model family at toy size: exact when dense, text where it should be, padding unread."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -326,3 +327,158 @@ def test_toy_weights_are_the_same_every_time() -> None:
     one, two = tiny.build("flux").transformer, tiny.build("flux").transformer
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, two.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fusing_projections_while_attached_keeps_the_plan(fused: bool) -> None:
+    pipe = tiny.build("cogvideox")  # fuses by exchanging processor objects
+    spy = Spy()
+    originals = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
+    with attach(pipe, spy):
+        pipe.transformer.fuse_qkv_projections()
+        arguments = {**tiny.call_arguments("cogvideox"), "output_type": "latent"}
+        pipe(**{**arguments, "num_inference_steps": 1})
+        if not fused:
+            pipe.transformer.unfuse_qkv_projections()
+    assert len(spy.seen) == 2
+    if fused:
+        pipe.transformer.unfuse_qkv_projections()
+    now = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
+    assert now == originals
+    assert not any("_dit_stock" in vars(type(p)) for p in now)
+
+
+class Case(NamedTuple):
+    """A denoiser outside of a pipeline, its forward arguments, and what must be seen."""
+
+    denoiser: torch.nn.Module
+    arguments: dict[str, Any]
+    grid: str
+
+
+def wan_i2v() -> Case:
+    """Image tokens come by a second cross-attention; the timestep differs per token (5B)."""
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=36,
+        out_channels=16,
+        text_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        image_dim=8,
+        added_kv_proj_dim=24,
+        rope_max_seq_len=32,
+    )
+    arguments = {
+        "hidden_states": torch.randn(1, 36, 3, 4, 6),
+        "timestep": torch.full((1, 18), 500),
+        "encoder_hidden_states": torch.randn(1, 512, 32),
+        "encoder_hidden_states_image": torch.randn(1, 5, 8),
+    }
+    return Case(model, arguments, "3x2x3")
+
+
+def cogvideox15() -> Case:
+    """Patches in time."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=2,
+        text_embed_dim=32,
+        num_layers=2,
+        patch_size_t=2,
+        use_rotary_positional_embeddings=True,
+        max_text_seq_length=16,
+        patch_bias=False,
+    )
+    arguments = {
+        "hidden_states": torch.randn(1, 4, 4, 4, 6),
+        "encoder_hidden_states": torch.randn(1, 16, 32),
+        "timestep": torch.tensor([500]),
+        "image_rotary_emb": (torch.rand(12, 16), torch.rand(12, 16)),
+    }
+    return Case(model, arguments, "2x2x3 + 16 text")
+
+
+def flux_kontext() -> Case:
+    """A reference image of another size behind the image."""
+    model = pipeline("flux").transformer
+    rows = [(0, h, w) for h in range(4) for w in range(6)]
+    rows += [(1, h, w) for h in range(2) for w in range(5)]
+    arguments = {
+        "hidden_states": torch.randn(1, 34, 4),
+        "encoder_hidden_states": torch.randn(1, 7, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.tensor(rows).float(),
+        "txt_ids": torch.zeros(7, 3),
+    }
+    return Case(model, arguments, "1x4x6 + 17 text")
+
+
+@pytest.mark.parametrize("make", [wan_i2v, cogvideox15, flux_kontext])
+def test_variants_of_a_family(make: Callable[[], Case]) -> None:
+    denoiser, arguments, grid = make()
+    denoiser.eval()
+    with torch.no_grad():
+        expected = denoiser(**arguments).sample
+        with attach(denoiser, "dense") as handle:
+            assert torch.equal(denoiser(**arguments).sample, expected)
+            report = handle.report()
+        assert (report.grids, report.calls["dense"], report.fallbacks) == ([grid], 2, {})
+        with attach(denoiser, Whole(), backend="reference"):
+            torch.testing.assert_close(denoiser(**arguments).sample, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_cache_runs_as_it_does_alone() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    pipe, spy = tiny.build("wan"), Spy()
+    arguments = {**tiny.call_arguments("wan"), "output_type": "latent"}
+
+    def generate() -> torch.Tensor:
+        latents: torch.Tensor = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+        return latents
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    alone = generate()
+    with attach(pipe, spy) as handle:
+        assert torch.equal(generate(), alone)
+        report = handle.report()
+    assert report.steps == 4  # though the cache skips the second block
+    assert report.branches == ["cond", "uncond"]
+    assert 8 <= len(spy.seen) < 16
+    assert torch.equal(generate(), alone)
+    pipe.transformer.disable_cache()
+    with attach(pipe, spy):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        assert torch.equal(generate(), alone)
+    assert torch.equal(generate(), alone)
+
+
+def test_lora_comes_and_goes_while_attached() -> None:
+    peft = pytest.importorskip("peft")
+    pipe = tiny.build("wan")
+    before = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
+    arguments = {**tiny.call_arguments("wan"), "output_type": "latent", "num_inference_steps": 1}
+
+    def generate() -> torch.Tensor:
+        latents: torch.Tensor = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
+        return latents
+
+    plain = generate()
+    with attach(pipe, "dense") as handle:
+        config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+        pipe.transformer.add_adapter(config)
+        assert not torch.equal(generate(), plain)
+        pipe.transformer.delete_adapters("default")
+        assert torch.equal(generate(), plain)
+        assert handle.report().calls["dense"] == 8
+    assert [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")] == before

@@ -121,14 +121,20 @@ def uninstall(denoiser: torch.nn.Module) -> None:
     """Take everything off a denoiser or a copy of one: its modules are walked, no list is kept."""
     for module in denoiser.modules():
         module.__dict__.pop(SITE_ATTRIBUTE, None)
-        processor = getattr(module, "processor", None)
-        if processor is not None and is_shadow(type(processor)):
-            processor.__class__ = stock_of(type(processor))
+        _unshadow(getattr(module, "processor", None))
+    # fusing projections the old way sets the processors aside there
+    for processor in (getattr(denoiser, "original_attn_processors", None) or {}).values():
+        _unshadow(processor)
     for key, hook in list(denoiser._forward_pre_hooks.items()):
         if isinstance(hook, (RootHook, Detached)):
             del denoiser._forward_pre_hooks[key]
             denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
     unfollow_branch(denoiser)
+
+
+def _unshadow(processor: Any) -> None:
+    if is_shadow(type(processor)):
+        processor.__class__ = stock_of(type(processor))
 
 
 def root_of(denoiser: torch.nn.Module) -> Root | None:

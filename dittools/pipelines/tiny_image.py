@@ -176,7 +176,7 @@ def cosmos() -> Any:
     class NoSafetyChecker(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Lets everything pass: the stock checker is a download."""
 
-        @register_to_config
+        @register_to_config  # type: ignore[untyped-decorator]
         def __init__(self) -> None:
             super().__init__()
             self.device_marker = torch.nn.Parameter(torch.zeros(1))

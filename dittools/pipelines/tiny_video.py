@@ -377,7 +377,7 @@ def ltx2() -> Any:
         rope_double_precision=False,
         rope_type="split",
     )
-    heads = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 1}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 1}
     heads["num_learnable_registers"] = None
     connectors = LTX2TextConnectors(
         caption_channels=32,
