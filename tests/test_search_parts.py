@@ -1,0 +1,244 @@
+"""The parts of a search: rows of masks, the probe's errors, the allocator, the cost table."""
+
+import itertools
+
+import pytest
+import torch
+
+from dittools.call import AttentionCall
+from dittools.errors import InputError
+from dittools.grid import TokenGrid
+from dittools.kernels import load
+from dittools.methods import METHODS, build
+from dittools.searching.allocate import Problem, Unreachable, allocate, within_memory
+from dittools.searching.atlas import band_keys, band_shares, head_class
+from dittools.searching.candidates import Candidate, candidates_for
+from dittools.searching.cost import CostTable, measure_costs
+from dittools.searching.probe import Probe, Sites
+from dittools.searching.request import Constraints
+from dittools.searching.rows import mask_rows, masked_output, sample_rows, weights
+from dittools.searching.table import merge, problem_of
+
+GRID = TokenGrid(5, 6, 7, text_after=3)
+METHODS_SEEN = [
+    build("gna", {"window": ("full", 3, 3), "stride": 1, "block_size": 16}),
+    build("gna", {"window": (3, "full", 0.5), "block_size": 32}),
+    build("sparse_vdit", {"mode": "multi_diagonal", "density": 0.3, "block_size": 16}),
+    build("sparse_vdit", {"mode": "stripe", "density": 0.3, "block_size": 16}),
+    build("radial", {"block_size": 16}),
+]
+
+
+def _call(grid: TokenGrid = GRID, heads: int = 2, layer: int = 0, step: int = 0) -> AttentionCall:
+    generator = torch.Generator().manual_seed(layer * 10 + step)
+    q, k, v = torch.randn(3, 1, grid.total, heads, 16, generator=generator).unbind()
+    return AttentionCall(3 * q, k, v, grid, layer=layer, step=step, steps=4, branch="cond")
+
+
+@pytest.mark.parametrize("method", METHODS_SEEN, ids=lambda m: f"{m.name}")
+def test_rows_of_a_mask_are_those_of_its_dense_form(method: object) -> None:
+    mask = method.mask(GRID)  # type: ignore[attr-defined]
+    rows = torch.tensor([0, 1, 50, 133, GRID.total - 1])
+    assert torch.equal(mask_rows(mask, rows), mask.to_dense()[:, rows])
+
+
+def test_rows_follow_an_order_and_a_mask_per_head() -> None:
+    mask = build("random", {"density": 0.3, "block_size": 16}).mask(GRID, 3)  # type: ignore[attr-defined]
+    rows = sample_rows(GRID.total, 40, seed=1)
+    assert rows.unique().numel() == 40
+    assert int(rows.max()) < GRID.total
+    assert torch.equal(mask_rows(mask, rows), mask.to_dense()[:, rows])
+
+
+@pytest.mark.parametrize("method", METHODS_SEEN, ids=lambda m: f"{m.name}")
+def test_masked_rows_equal_the_backend(method: object) -> None:
+    call, mask = _call(), method.mask(GRID)  # type: ignore[attr-defined]
+    rows = torch.arange(0, GRID.total, 7)
+    q, k, v = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
+    got = masked_output(weights(q[:, rows], k, 0.25, None), mask_rows(mask, rows), v)
+    want = load("reference").block_sparse(call, mask)[0].transpose(0, 1)[:, rows]
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_masked_rows_survive_a_row_whose_best_keys_are_dropped() -> None:
+    weight = torch.tensor([[[1.0, 1e-30, 1e-30]]])
+    kept = torch.tensor([[[False, True, True]]])
+    value = torch.tensor([[[5.0], [1.0], [3.0]]])
+    assert torch.allclose(masked_output(weight, kept, value), torch.tensor([[[2.0]]]))
+
+
+def _probe(candidates: list[Candidate], gains: list[torch.Tensor | None], rows: int) -> Probe:
+    sites = Sites(
+        GRID,
+        1,
+        2,
+        (0.0, 0.5, 1.0),
+        4,
+        frozenset({0, 3}),
+        sample_rows(142, rows, 0) if rows < GRID.total else torch.arange(GRID.total),
+    )
+    return Probe(sites, candidates, gains)
+
+
+def test_the_probe_measures_what_the_backend_would_do_and_answers_dense() -> None:
+    candidates = candidates_for(GRID, ["gna", "vmoba"] if "vmoba" in METHODS else ["gna"])
+    projection = torch.randn(2, 16, 16)
+    gain = projection.transpose(1, 2) @ projection
+    probe = _probe(candidates, [gain], GRID.total)
+    call, backend = _call(step=3), load("reference")
+    out = probe.attend(call, backend)
+    assert torch.equal(out, backend.dense(call))
+    assert not probe.error[0, 0].any()  # the range of steps 0 and 1 has seen nothing yet
+    for number in (0, 1, 5, len(candidates) - 1):
+        other = candidates[number].method.attend(call, backend)
+        away = torch.einsum("nhd,hod->nho", (other - out)[0], projection)
+        want = away.double().square().sum(dim=(0, 2)) / GRID.total
+        assert torch.allclose(probe.error[0, 1, 0, :, number], want, rtol=1e-3, atol=1e-9)
+    assert float(probe.bands[0, 1].sum()) > 0
+
+
+def test_a_probe_of_few_rows_ranks_candidates_as_all_rows_do() -> None:
+    candidates = candidates_for(GRID, ["gna"])
+    found = []
+    for rows in (48, GRID.total):
+        probe = _probe(candidates, [None], rows)
+        probe.attend(_call(step=0), load("reference"))
+        found.append(probe.error[0, 0, 0].sum(dim=0)[1:])
+    assert float(torch.corrcoef(torch.stack(found).log())[0, 1]) > 0.95
+
+
+def test_carried_errors_reach_the_next_call() -> None:
+    candidates = candidates_for(GRID, ["gna"])
+    probe = Probe(_probe(candidates, [None], 48).sites, candidates, [None], carry=1e6)
+    call = _call(step=0)
+    cheapest = min(range(len(candidates)), key=lambda n: candidates[n].density)
+    want = candidates[cheapest].method.attend(call, load("reference"))
+    assert torch.allclose(probe.attend(call, load("reference")), want, atol=1e-6)
+
+
+def test_candidates_are_relative_to_the_grid_and_never_repeat() -> None:
+    found = candidates_for(TokenGrid(12, 12, 12))
+    assert found[0].method.name == "dense"
+    assert len({c.name for c in found}) == len(found)
+    assert {"gna", "radial", "sta", "sparse_vdit"} <= {c.method.name for c in found}
+    assert min(c.density for c in found[1:] if c.mask is not None) < 0.15
+    with pytest.raises(InputError, match="unknown method"):
+        candidates_for(GRID, ["nonsense"])
+
+
+def _problem(seed: int, items: int = 5, count: int = 4, distinct: int = 0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand((items, count), generator=generator, dtype=torch.float64)
+    loss = (1 - cost) ** 2 * torch.rand((items, 1), generator=generator, dtype=torch.float64)
+    cost[:, 0], loss[:, 0] = 1.0, 0.0
+    allowed = torch.ones_like(loss, dtype=torch.bool)
+    return Problem(loss, cost, torch.tensor([0, 0, 0, 1, 1][:items]), allowed, distinct)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_allocator_is_close_to_the_best_of_all_choices(seed: int) -> None:
+    problem = _problem(seed)
+    for budget in (1.8, 2.6, 3.5):
+        fits = [
+            problem.total_loss(torch.tensor(c))
+            for c in itertools.product(range(4), repeat=5)
+            if problem.total_cost(torch.tensor(c)) <= budget
+        ]
+        if not fits:
+            with pytest.raises(Unreachable):
+                allocate(problem, budget)
+            continue
+        choice = allocate(problem, budget)
+        assert problem.total_cost(choice) <= budget + 1e-9
+        worst_step = float(problem.loss.max(dim=1).values.max())
+        assert problem.total_loss(choice) <= min(fits) + 0.5 * worst_step
+
+
+def test_more_budget_never_hurts_and_enough_of_it_buys_no_error() -> None:
+    problem = _problem(3)
+    losses = [problem.total_loss(allocate(problem, b)) for b in (2.5, 3.0, 4.0, 5.0)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == 0
+
+
+def test_unreachable_budgets_say_what_is_reachable() -> None:
+    problem = _problem(0)
+    least = float(problem.cost.min(dim=1).values.sum())
+    with pytest.raises(Unreachable, match="out of reach") as caught:
+        allocate(problem, least * 0.9)
+    assert caught.value.least == pytest.approx(least)
+
+
+@pytest.mark.parametrize("distinct", [1, 2])
+def test_a_layer_keeps_to_its_number_of_kernels(distinct: int) -> None:
+    problem = _problem(1, distinct=distinct)
+    choice = allocate(problem, 3.0)
+    assert problem.total_cost(choice) <= 3.0 + 1e-9
+    for group in (0, 1):
+        assert len(choice[problem.group == group].unique()) <= distinct
+
+
+def test_masks_fit_their_memory() -> None:
+    problem = _problem(2)
+    sizes = [0, 100, 200, 300]
+    for limit in (600, 300, 100):
+        used = within_memory(problem, 4.2, sizes, limit).unique().tolist()
+        assert sum(sizes[c] for c in used) <= limit
+    with pytest.raises(InputError):
+        within_memory(problem, 2.0, sizes, 0)
+
+
+def test_pinned_heads_stay_dense_and_excluded_methods_stay_out() -> None:
+    candidates = candidates_for(GRID, ["gna", "radial"])
+    probe = _probe(candidates, [None], 48)
+    for step in (0, 3):
+        probe.attend(_call(step=step), load("reference"))
+    table = merge([probe.results()], candidates, probe.sites)
+    limits = Constraints(dense_heads=((0, 1),), exclude=("gna",))
+    problem = problem_of(table, torch.ones(1, 2, dtype=torch.float64), table.densities(), limits)
+    choice = allocate(problem, 0.8).view(1, 2, 2)
+    assert not choice[:, :, 1].any()
+    assert {candidates[c].method.name for c in choice.flatten().tolist()} == {"dense", "radial"}
+    assert problem.total_cost(choice.flatten()) <= 0.8
+
+
+def test_cost_tables_interpolate_and_survive_json() -> None:
+    table = CostTable("measured", "cpu", "cpu", 100, 2, 16, 10.0, {32: ((0.1, 2.0), (0.5, 6.0))})
+    assert table.ratio(0.3, 32) == pytest.approx(0.4)
+    assert table.ratio(0.3, 64) == pytest.approx(0.4)  # the nearest block size that was timed
+    assert table.ratio(0.9, 32) == pytest.approx(1.0)
+    assert table.ratio(0.0, 32) == 0 < table.ratio(0.01, 32) < table.ratio(0.1, 32)
+    assert CostTable.from_dict(table.to_dict()) == table
+    assert CostTable("flops", "", "", 100, 2, 16, 1.0, {}).ratio(0.3, 32) == 0.3
+
+
+def test_kernel_times_are_measured_for_every_block_size() -> None:
+    where = torch.device("cpu")
+    table = measure_costs(
+        TokenGrid(4, 12, 12),
+        2,
+        32,
+        backend="cpu",
+        device=where,
+        dtype=torch.float32,
+        blocks=(32, 64),
+    )
+    assert table.basis == "measured"
+    assert set(table.sparse_ms) == {32, 64}
+    assert table.dense_ms > 0
+    assert all(ms > 0 for p in table.sparse_ms.values() for _, ms in p)
+
+
+@pytest.mark.parametrize("band", ["stripe", "frame", "row", "column", "first_frame"])
+def test_a_head_is_named_after_the_band_that_holds_its_mass(band: str) -> None:
+    from dittools.searching.atlas import BANDS
+
+    grid = TokenGrid(6, 8, 8)
+    rows = sample_rows(grid.total, 64, 0)
+    keys = band_keys(grid, tuple(rows.tolist()))
+    spread = keys[BANDS.index(band)].double()
+    mass = spread / spread.sum(dim=1, keepdim=True)
+    held = (mass * keys).sum(dim=2).mean(dim=1).tolist()
+    uniform = band_shares(grid, rows).tolist()
+    assert head_class(held, uniform) == {"first_frame": "sink"}.get(band, band)
+    assert head_class(uniform, uniform) == "spread"
