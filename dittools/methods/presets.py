@@ -15,6 +15,8 @@ class Published(NamedTuple):
 DEFAULT_DENSE_STEPS = 0.25  # most authors keep 20 to 30 % of the steps dense
 _RADIAL = "radial-attention scripts, "
 _VDIT = "arXiv:2506.03065, densities that give its FLOP counts"
+_PARO = "arXiv:2506.16054 (with calibrated tables), "
+_RECT = "Rectified-SpaAttn scripts, "
 _GNA = "arXiv:2504.16922, "
 
 PUBLISHED: dict[tuple[str, str], Published] = {
@@ -66,6 +68,14 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("sparse_vdit", "cogvideox15"): Published({"density": 0.265}, 0, 0, _VDIT),
     ("sparse_vdit", "hunyuan_video"): Published({"density": 0.15}, 10, 0, _VDIT),
     ("sparse_vdit", "wan"): Published({"density": 0.298}, 10, 0, _VDIT),
+    ("paro", "cogvideox"): Published({"density": 0.3}, 0, 0, _PARO + "CogVideoX-5B, 49 frames"),
+    ("paro", "wan"): Published({"density": 0.5}, 0, 0, _PARO + "Wan2.1-14B 720p"),
+    ("paro", "flux"): Published({"density": 0.5}, 0, 0, _PARO + "FLUX.1-dev at 1024"),
+    ("rectified", "hunyuan_video"): Published({"density": 0.2}, 0, 0, _RECT + "HunyuanVideo 720p"),
+    ("rectified", "wan"): Published({"density": 0.25}, 5, 2, _RECT + "Wan2.1 T2V 14B 720p"),
+    ("rectified", "wan22"): Published({"density": 0.15}, 3, 2, _RECT + "Wan2.2 T2V A14B 720p"),
+    ("rectified", "cogvideox15"): Published({"density": 0.15}, 5, 0, _RECT + "CogVideoX1.5 T2V"),
+    ("rectified", "flux"): Published({"density": 0.1}, 0, 0, _RECT + "FLUX.1-dev 4096, all layers"),
     ("vmoba", "wan"): Published(
         {"top_k": 0.25}, 0.25, 0, "arXiv:2506.23858, untrained Wan2.1-1.3B"
     ),

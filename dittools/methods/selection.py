@@ -81,3 +81,17 @@ def pad_tokens(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     """Return [B, S + pad, H, D] with zeros behind, S + pad a multiple of `multiple`."""
     short = -tensor.shape[1] % multiple
     return F.pad(tensor, (0, 0, 0, 0, 0, short)) if short else tensor
+
+
+def keep_share(mass: torch.Tensor, density: float, per_head: bool = False) -> torch.Tensor:
+    """Return bool like mass [H, Q, K]: the heaviest blocks, exactly round(density * size) of them.
+
+    Args:
+        mass: non-negative.
+        density: mean share kept.
+        per_head: every head keeps that share; otherwise one threshold serves all heads, so that
+            concentrated ones keep fewer.
+    """
+    flat = mass.flatten(1) if per_head else mass.reshape(1, -1)
+    kept = keep_top(flat, max(1, round(density * flat.shape[1])))
+    return kept.view_as(mass)

@@ -1,0 +1,131 @@
+"""Calibrated orders and masks of PAROAttention, one bit per block, as a safetensors file."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from dittools.errors import PlanError
+from dittools.grid import TokenGrid
+from dittools.mask import pack_bits, unpack_bits
+
+_FORMAT = "dittools-paro"
+
+
+@dataclass(frozen=True, eq=False)
+class ParoTables:
+    """Orders per (layer, head) and block masks per (bin of steps, layer, head).
+
+    Attributes:
+        grid: the grid they were made for; its text is behind the grid's tokens in the masks.
+        block_size: tokens.
+        orders: int64 [layers, heads].
+        packed: uint8 [bins, layers, heads, ceil(blocks ** 2 / 8)].
+        bin_of_step: bin of every calibrated step; other step counts map by relative position.
+    """
+
+    grid: TokenGrid
+    block_size: int
+    orders: torch.Tensor
+    packed: torch.Tensor
+    bin_of_step: tuple[int, ...]
+
+    @staticmethod
+    def pack(
+        grid: TokenGrid,
+        block_size: int,
+        orders: torch.Tensor,
+        masks: torch.Tensor,
+        layers: list[int],
+        bins: list[int],
+    ) -> "ParoTables":
+        """Return tables from bool [bins, layers, heads, blocks, blocks] of the grid's tokens."""
+        if layers != list(range(len(layers))):
+            raise PlanError(
+                "the calibration did not see every layer",
+                expected=f"layers 0 to {max(layers)}",
+                got=str(layers),
+            )
+        packed = pack_bits(masks.flatten(3))
+        return ParoTables(grid, block_size, orders, packed, tuple(bins))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid's tokens."""
+        return -(-self.grid.tokens // self.block_size)
+
+    def misfit(self, grid: TokenGrid, layer: int, heads: int) -> list[str]:
+        """Say why the tables do not fit a call; empty when they do."""
+        reasons = []
+        if grid != self.grid:
+            reasons.append(f"paro tables are for {self.grid}, the call has {grid}")
+        if layer >= len(self.orders):
+            reasons.append(f"paro tables have {len(self.orders)} layers, the call is layer {layer}")
+        if heads != self.orders.shape[1]:
+            reasons.append(f"paro tables have {self.orders.shape[1]} heads, the call has {heads}")
+        return reasons
+
+    def index(self, step: int, steps: int) -> int:
+        """Return the bin of a step, by relative position when the run has another step count."""
+        known = len(self.bin_of_step)
+        place = step * known // steps if steps else step
+        return self.bin_of_step[min(place, known - 1)]
+
+    def mask(self, layer: int, index: int) -> torch.Tensor:
+        """Return bool [heads, all blocks, all blocks] of one layer and bin, text not yet kept."""
+        video = unpack_bits(self.packed[index, layer], self.blocks**2)
+        total = self.grid.blocks(self.block_size)
+        out = torch.zeros((len(video), total, total), dtype=torch.bool)
+        out[:, : self.blocks, : self.blocks] = video.view(-1, self.blocks, self.blocks)
+        return out
+
+    def save(self, path: str | Path) -> None:
+        """Write the tables as safetensors, with the grid in its header."""
+        from safetensors.torch import save_file
+
+        header = {
+            "format": _FORMAT,
+            "grid": json.dumps([*self.grid.shape, self.grid.text_before, self.grid.text_after]),
+            "block_size": str(self.block_size),
+            "bin_of_step": json.dumps(self.bin_of_step),
+        }
+        tensors = {"orders": self.orders.to(torch.uint8), "masks": self.packed}
+        save_file({k: t.contiguous() for k, t in tensors.items()}, str(path), header)
+
+
+def load_tables(path: str | Path) -> ParoTables:
+    """Return the tables of a file; read once while the file does not change.
+
+    Raises:
+        PlanError: the file is missing, damaged or of another kind.
+    """
+    try:
+        changed = Path(path).stat().st_mtime_ns
+    except OSError as error:
+        raise PlanError(f"paro tables cannot be read: {error}") from error
+    return _load(str(path), changed)
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, changed: int) -> ParoTables:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            orders, packed = file.get_tensor("orders").long(), file.get_tensor("masks")
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"paro tables {path} are damaged: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise PlanError(
+            f"{path} holds no paro tables", expected=_FORMAT, got=repr(header.get("format"))
+        )
+    return ParoTables(
+        TokenGrid(*json.loads(header["grid"])),
+        int(header["block_size"]),
+        orders,
+        packed,
+        tuple(json.loads(header["bin_of_step"])),
+    )

@@ -1,0 +1,174 @@
+"""Rectified sparse attention: the numeric oracle, its exactness cases, the Hilbert neighbours."""
+
+import pytest
+import torch
+
+from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels.reference import ReferenceBackend
+from dittools.methods.curves import block_order, gilbert, neighbour_blocks
+from dittools.methods.rectified import Rectified, _rank, rectified_blocks
+
+BACKEND = ReferenceBackend()
+PLAIN = {"neighbours": False, "curve": "raster"}
+
+
+def oracle_call() -> AttentionCall:
+    i, j = torch.arange(10, dtype=torch.float64)[:, None], torch.arange(4, dtype=torch.float64)
+    parts = (2 * torch.sin(0.3 * i + j), 2 * torch.cos(0.2 * i - j), torch.sin(i + 2 * j))
+    return AttentionCall(*(x[None, :, None] for x in parts), TokenGrid(1, 1, 8, 0, 2))
+
+
+def test_the_numeric_oracle() -> None:
+    call, method = oracle_call(), Rectified(density=0.25, mass=0.3, block_size=2, **PLAIN)
+    found = rectified_blocks(call, method, block_order(call.grid, 2, "raster"))
+    rows = [
+        [0.037905, 0.110645, 0.236871, 0.329794, 0.284786],
+        [0.212090, 0.330315, 0.281003, 0.133953, 0.042639],
+        [0.492653, 0.350677, 0.125436, 0.026520, 0.004715],
+        [0.684821, 0.250883, 0.054037, 0.008720, 0.001540],
+    ]
+    got = torch.cat((found.probability[0], found.text[0][:, None]), 1)
+    torch.testing.assert_close(got, torch.tensor(rows).double(), atol=1e-6, rtol=0)
+    assert found.kept[0].int().tolist() == [[0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    comp = [[1, 1, 1, 0], [1, 0, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0]]
+    assert found.compensated[0].int().tolist() == comp
+    factor = torch.tensor([0.614579, 0.372954, 0.497368, 0.695080]).double()
+    torch.testing.assert_close(found.factor[0], factor, atol=1e-6, rtol=0)
+    out = method.attend(call, BACKEND)[0, :, 0]
+    first = torch.tensor([0.169984, -0.088027, -0.096720, 0.168527]).double()
+    seventh = torch.tensor([0.318113, 0.213406, -0.495730, 0.199186]).double()
+    torch.testing.assert_close(out[0], first, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out[7], seventh, atol=1e-6, rtol=0)
+    assert float(out.sum()) == pytest.approx(1.822230, abs=1e-5)
+
+
+def block_constant_call(grid: TokenGrid, size: int, curve: str) -> AttentionCall:
+    """Query and key constant inside every block of the curve; values and text arbitrary."""
+    order = block_order(grid, size, curve)
+    q, k, v = (torch.randn(1, grid.total, 2, 8, dtype=torch.float64) for _ in range(3))
+    video = slice(grid.text_before, grid.text_before + grid.tokens)
+    block = order.inverse[0, video] // size
+    for x in (q, k):
+        x[:, video] = torch.randn(1, int(block.max()) + 1, 2, 8, dtype=torch.float64)[:, block]
+    return AttentionCall(q, k, v, grid)
+
+
+@pytest.mark.parametrize("density", [0.12, 0.24, 0.88])
+@pytest.mark.parametrize("grid", [TokenGrid(4, 8, 8), TokenGrid(3, 7, 9, 5, 6)], ids=str)
+@pytest.mark.parametrize("curve", ["gilbert", "raster"])
+def test_is_exact_when_blocks_are_constant(grid: TokenGrid, density: float, curve: str) -> None:
+    call = block_constant_call(grid, 16, curve)
+    params = {
+        "density": density,
+        "mass": 0.0,
+        "block_size": 16,
+        "curve": curve,
+        "neighbours": False,
+    }
+    method = Rectified(**params)
+    assert not bool(rectified_blocks(call, method, block_order(grid, 16, curve)).kept.all())
+    torch.testing.assert_close(
+        method.attend(call, BACKEND), BACKEND.dense(call), atol=1e-12, rtol=0
+    )
+    plain = Rectified(compensate=False, **params).attend(call, BACKEND)
+    assert not torch.allclose(plain, BACKEND.dense(call), atol=1e-2)
+
+
+def random_call(grid: TokenGrid, batch: int = 1) -> AttentionCall:
+    return AttentionCall(*(torch.randn(batch, grid.total, 2, 8) for _ in range(3)), grid)
+
+
+def test_coefficients_sum_to_one_and_constants_stay_constant() -> None:
+    grid = TokenGrid(4, 8, 9, 3, 4)
+    call = random_call(grid)
+    method = Rectified(block_size=16)
+    found = rectified_blocks(call, method, block_order(grid, 16))
+    total = found.factor + (found.probability * found.compensated).sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total))
+    assert float(found.factor.min()) >= 0
+    assert bool(found.compensated.any())
+    constant = AttentionCall(call.query, call.key, torch.full_like(call.value, 1.5), grid)
+    out = method.attend(constant, BACKEND)
+    torch.testing.assert_close(out, torch.full_like(out, 1.5))
+
+
+def test_everything_kept_is_dense_and_no_compensation_is_plain_block_sparse() -> None:
+    grid = TokenGrid(3, 6, 8, 2, 5)
+    call = random_call(grid, batch=2)
+    assert torch.equal(
+        Rectified(density=1.0, block_size=16).attend(call, BACKEND)[0], BACKEND.dense(call)[0]
+    )
+    method = Rectified(block_size=16, compensate=False, density=0.3)
+    out = method.attend(call, BACKEND)
+    for item in range(2):
+        one = AttentionCall(*(x[item : item + 1] for x in (call.query, call.key, call.value)), grid)
+        found = rectified_blocks(one, method, block_order(grid, 16))
+        assert bool((found.factor == 1).all())
+        torch.testing.assert_close(
+            out[item : item + 1], method.attend(one, BACKEND), atol=1e-6, rtol=0
+        )
+    dense = BACKEND.dense(call)
+    text = torch.tensor([0, 1, -1, -2, -3, -4, -5])
+    torch.testing.assert_close(out[:, text], dense[:, text], atol=2e-6, rtol=1e-5)
+
+
+def test_blocks_of_one_token_are_exact_when_all_are_compensated() -> None:
+    call = oracle_call()
+    method = Rectified(density=0.3, mass=0.0, block_size=1, **PLAIN)
+    found = rectified_blocks(call, method, block_order(call.grid, 1, "raster"))
+    assert torch.equal(found.compensated, ~found.kept)
+    torch.testing.assert_close(
+        method.attend(call, BACKEND), BACKEND.dense(call), atol=1e-12, rtol=0
+    )
+
+
+def test_selection_counts_follow_the_authors_rule() -> None:
+    row = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]], dtype=torch.float64)
+    text = torch.zeros(1, 1, dtype=torch.float64)
+
+    def count(density: float, mass: float) -> int:
+        return int(_rank(row, text, Rectified(density=density, mass=mass)).sum())
+
+    assert [count(0.0, p) for p in (0.3, 0.5, 0.9)] == [1, 2, 3]
+    assert [count(d, 0.3) for d in (0.5, 0.75, 1.0)] == [2, 3, 4]
+    heavy_text = torch.tensor([[0.9]], dtype=torch.float64)
+    assert int(_rank(row * 0.1, heavy_text, Rectified(density=0.25, mass=0.0)).sum()) == 0
+    only_blocks = Rectified(density=0.25, mass=0.0, text_ranks=False)
+    assert int(_rank(row * 0.1, heavy_text, only_blocks).sum()) == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 16, 16), (3, 5, 7), (1, 9, 4), (1, 1, 6), (5, 1, 1), (6, 10, 3)]
+)
+def test_the_curve_visits_every_token_once(shape: tuple[int, int, int]) -> None:
+    order = gilbert(*shape)
+    assert torch.equal(order.sort().values, torch.arange(len(order)))
+    place = TokenGrid(*shape).coordinates()[order]
+    steps = (place[1:] - place[:-1]).abs()
+    assert len(steps) == 0 or float((steps.sum(1) > 1).float().mean()) < 0.05
+    assert len(steps) == 0 or int(steps.max()) <= 1  # at most a diagonal step on odd sizes
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "mean", "least", "most"),
+    [((4, 16, 16), 8, 4.75, 3, 7), ((8, 24, 40), 60, 10.567, 6, 17)],
+)
+def test_neighbours_are_those_of_the_authors_curve(
+    shape: tuple[int, int, int], blocks: int, mean: float, least: int, most: int
+) -> None:
+    near = neighbour_blocks(TokenGrid(*shape), 128)
+    counts = near.sum(1)
+    assert len(near) == blocks
+    assert torch.equal(near, near.t())
+    assert float(counts.float().mean()) == pytest.approx(mean, abs=5e-4)
+    assert (int(counts.min()), int(counts.max())) == (least, most)
+
+
+def test_large_logits_in_half_precision_stay_finite() -> None:
+    grid = TokenGrid(4, 8, 8, 0, 5)
+    q, k, v = (torch.randn(1, grid.total, 2, 8) * 40 for _ in range(3))
+    call = AttentionCall(q.bfloat16(), k.bfloat16(), v.bfloat16(), grid)
+    out = Rectified(block_size=16).attend(call, BACKEND)
+    assert out.dtype == torch.bfloat16
+    assert bool(out.isfinite().all())
