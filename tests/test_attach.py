@@ -20,9 +20,10 @@ from dittools.errors import AttachError, PlanError, UnknownMethod, UnsupportedCa
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods import build
-from dittools.patches import Attachment, attach, detach, install
+from dittools.patches import Attachment, attach, detach, install, seam
 from dittools.patches.install import root_of
 from dittools.patches.runtime import KEEPS_ALL, NOT_FINITE, UNKNOWN_LENGTH
+from dittools.patches.seam import is_shadow
 from dittools.pipelines import tiny
 from dittools.plans import ModelFacts, Plan, Rule
 
@@ -65,6 +66,7 @@ class Zeros:
     """Returns zeros, so that whatever it runs on leaves a mark."""
 
     name: ClassVar[str] = "zeros"
+    mark: int = 0  # tells two of them apart
     calls: list[int] = field(default_factory=list)
 
     def not_supported(self, call: AttentionCall) -> list[str]:
@@ -153,6 +155,7 @@ def test_detaching_restores_the_same_objects(pipe: Any, stock: torch.Tensor) -> 
     assert traces(pipe.transformer) == []
     assert torch.equal(run(pipe), stock)
     assert not handle.is_attached
+    assert seam._current.site is None
 
 
 def test_a_mask_that_keeps_everything_equals_dense(pipe: Any, stock: torch.Tensor) -> None:
@@ -241,9 +244,10 @@ def test_heads_of_one_layer_may_run_different_methods(pipe: Any, stock: torch.Te
 def test_two_groups_of_heads_equal_one_method_on_all(pipe: Any) -> None:
     with attach(pipe, Zeros()):
         together = run(pipe)
-    apart = Plan((Rule(Zeros(), heads=(0,)), Rule(Zeros(), heads=(1,))))
-    with attach(pipe, apart):
+    one, two = Zeros(mark=1), Zeros(mark=2)
+    with attach(pipe, Plan((Rule(one, heads=(0,)), Rule(two, heads=(1,))))):
         assert torch.equal(run(pipe), together)
+    assert (one.calls, two.calls) == ([1] * 16, [1] * 16)
 
 
 @pytest.mark.parametrize(
@@ -386,6 +390,7 @@ def test_a_copy_stays_attached_and_is_detached_alone(pipe: Any, stock: torch.Ten
     marked = run(pipe)
     twin = pipe.__class__(**{**pipe.components, "transformer": copy.deepcopy(pipe.transformer)})
     twin.set_progress_bar_config(disable=True)
+    assert is_shadow(type(twin.transformer.blocks[0].attn1.processor))
     assert torch.equal(run(twin), marked)
     detach(twin)
     assert traces(twin.transformer) == []

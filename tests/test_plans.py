@@ -68,6 +68,11 @@ def test_the_later_rule_wins_and_every_head_is_covered() -> None:
     assert names(plan, 2, 5) == ["radial"] * 4
 
 
+def test_equal_methods_of_different_rules_run_together() -> None:
+    rules = tuple(Rule(build("radial", {"decay": 0.3}), heads=(head,)) for head in range(4))
+    assert Plan(rules).rules_for(0, "", 0, 1, 4) == [((0, 1, 2, 3), RADIAL)]
+
+
 def test_module_paths_name_a_layer_with_and_without_the_component() -> None:
     rule = Rule(GNA, layers=("transformer_2.blocks.3.attn1", "blocks.0.attn1"))
     assert rule.covers_layer(3, "transformer_2.blocks.3.attn1")

@@ -77,7 +77,7 @@ class Attachment:
     def detach(self) -> None:
         """Restore the model exactly; nothing happens when another plan has replaced this one."""
         for denoiser in self._live():
-            if root_of(denoiser) in (*self._roots, None):
+            if root_of(denoiser) in self._roots:
                 uninstall(denoiser)
 
     def _live(self) -> list[torch.nn.Module]:

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -239,7 +239,7 @@ class Plan:
         groups: list[tuple[Method, list[int]]] = []
         for head, method in enumerate(chosen):
             for known, members in groups:
-                if known is method:
+                if _same(known, method):
                     members.append(head)
                     break
             else:
@@ -284,6 +284,17 @@ def _check_rule(number: int, rule: Rule, facts: ModelFacts) -> None:
     for head in () if rule.heads == "all" else rule.heads:
         if not 0 <= head < facts.heads:
             raise PlanError(problem, expected=f"heads 0..{facts.heads - 1}", got=str(head))
+
+
+def _same(one: Method, other: Method) -> bool:
+    """Whether two methods have equal parameters; rules read from a file share no objects."""
+    if one is other or type(one) is not type(other):
+        return one is other
+    values = [(getattr(one, f.name), getattr(other, f.name)) for f in fields(cast(Any, one))]
+    return all(
+        a is b or (not isinstance(a, torch.Tensor) and type(a) is type(b) and a == b)
+        for a, b in values
+    )
 
 
 def _names_one(name: str, paths: tuple[str, ...]) -> bool:
