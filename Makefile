@@ -6,7 +6,7 @@ PIP := $(BIN) -m pip --disable-pip-version-check
 WORKERS ?= 2
 OUT ?= out
 
-.PHONY: help demo demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu clean
+.PHONY: help demo demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -64,6 +64,12 @@ bench: $(VENV)/.core  ## CPU kernels against dense SDPA
 
 bench-gpu: $(VENV)/.test  ## CUDA kernels against dense, FlexAttention and peers
 	@$(BIN) bench/gpu.py
+
+bench-latency: $(VENV)/.test  ## end to end by part: released configs on a GPU, one block and the demo on a CPU
+	@$(BIN) bench/latency.py
+
+bench-check: $(VENV)/.test  ## ratios against the committed reference
+	@$(BIN) bench/check.py
 
 demo-model: $(VENV)/.test  ## retrain the embedded model from nothing and print its score
 	@$(BIN) -m dittools.pipelines.demo.train --out $(OUT)/demo-model
