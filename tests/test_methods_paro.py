@@ -10,17 +10,16 @@ from dittools.call import AttentionCall
 from dittools.errors import InputError, PlanError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
+from dittools.methods.block_statistics import Statistics, statistics
 from dittools.methods.paro import (
     NAMES,
     ORDERS,
     PARO,
     ParoCalibrator,
-    Statistics,
     axis_order,
     best_order,
     head_order,
     paper_scores,
-    statistics,
 )
 from dittools.methods.paro_tables import load_tables
 from dittools.methods.quantize import fake_quant
@@ -147,7 +146,7 @@ def test_recall_and_the_papers_score_disagree_on_the_soft_head() -> None:
 def test_streamed_statistics_equal_the_whole_map(
     tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dittools.methods.paro._CHUNK", 1000)
+    monkeypatch.setattr("dittools.methods.block_statistics._CHUNK", 1000)
     q, k = torch.randn(80, 2, 16) * 3, torch.randn(80, 2, 16)
     found = statistics(q, k, tokens, 16, 0.25)
     weights = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) * 0.25, -1)[:, :tokens, :tokens]

@@ -23,7 +23,7 @@ GRIDS = {
 }
 
 
-def call_of(grid: TokenGrid, batch: int = 2, heads: int = 3) -> AttentionCall:
+def call_of(grid: TokenGrid, batch: int = 2, heads: int = 2) -> AttentionCall:
     q, k, v = (torch.randn(batch, grid.total, heads, 8) for _ in range(3))
     return AttentionCall(q, k, v, grid, layer=2, step=3, steps=10)
 

@@ -8,18 +8,37 @@ from dittools.methods.base import GridMethod, Method, Preset
 from dittools.methods.clear import Clear
 from dittools.methods.dense import Dense
 from dittools.methods.gna import GNA
+from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import PARO
 from dittools.methods.presets import ALIASES, DEFAULT_DENSE_STEPS, PUBLISHED
+from dittools.methods.psa import PSA
 from dittools.methods.radial import Radial
 from dittools.methods.random_blocks import RandomBlocks
 from dittools.methods.rectified import Rectified
+from dittools.methods.sparge import Sparge
 from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.methods.sta import STA
+from dittools.methods.svg import SVG
 from dittools.methods.vmoba import VMoBA
 
 METHODS: dict[str, type[Any]] = {
     m.name: m
-    for m in (Dense, Radial, GNA, STA, Clear, SparseVDiT, PARO, VMoBA, Rectified, RandomBlocks)
+    for m in (
+        Dense,
+        Radial,
+        GNA,
+        STA,
+        Clear,
+        SparseVDiT,
+        PARO,
+        VMoBA,
+        Rectified,
+        PSA,
+        SVG,
+        Sparge,
+        RandomBlocks,
+        OracleTopK,
+    )
 }
 
 __all__ = ["METHODS", "GridMethod", "Method", "Preset", "build", "preset", "to_params"]

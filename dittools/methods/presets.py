@@ -17,6 +17,8 @@ _RADIAL = "radial-attention scripts, "
 _VDIT = "arXiv:2506.03065, densities that give its FLOP counts"
 _PARO = "arXiv:2506.16054 (with calibrated tables), "
 _RECT = "Rectified-SpaAttn scripts, "
+_PSA = "Pyramid-Sparse-Attention presets, "
+_SVG = "Sparse-VideoGen scripts, "
 _GNA = "arXiv:2504.16922, "
 
 PUBLISHED: dict[tuple[str, str], Published] = {
@@ -76,6 +78,21 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("rectified", "wan22"): Published({"density": 0.15}, 3, 2, _RECT + "Wan2.2 T2V A14B 720p"),
     ("rectified", "cogvideox15"): Published({"density": 0.15}, 5, 0, _RECT + "CogVideoX1.5 T2V"),
     ("rectified", "flux"): Published({"density": 0.1}, 0, 0, _RECT + "FLUX.1-dev 4096, all layers"),
+    ("psa", "wan"): Published({"ends": (0.4, 0.5, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.1 14B"),
+    ("psa", "wan22"): Published({"ends": (0.5, 0.6, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.2 A14B"),
+    ("psa", "cogvideox15"): Published(
+        {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35)}, 0.3, 0, _PSA + "CogVideoX1.5 5B"
+    ),
+    ("psa", "cogvideox"): Published(
+        {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35), "curve": "raster"},
+        0.3,
+        0,
+        _PSA + "CogVideoX 5B",
+    ),
+    ("svg", "wan"): Published({"density": 0.3}, 0.2, 1, _SVG + "Wan2.1"),
+    ("svg", "hunyuan_video"): Published(
+        {"density": 0.25, "sink": False}, 0.1, 1, _SVG + "HunyuanVideo"
+    ),
     ("vmoba", "wan"): Published(
         {"top_k": 0.25}, 0.25, 0, "arXiv:2506.23858, untrained Wan2.1-1.3B"
     ),

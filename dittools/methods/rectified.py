@@ -1,11 +1,11 @@
 """Rectified sparse attention: block-sparse attention, then the mass of dropped blocks put back.
 
-Source: arXiv:2511.19835 and BienLuky/Rectified-SpaAttn. Pooled queries and keys give every key block
-a probability (text keys one by one, visual ones times the tokens they stand for). Kept blocks are
-attended exactly and scaled by the mass that is not compensated; dropped blocks whose estimated gain
-beats the estimated pooling error are added as probability times mean value. Differences: ragged last
-blocks use true counts; the authors' int((1 - drop) * blocks) loses one block to rounding at 0.8; the
-extra first-frame blocks of their Wan scripts are left out.
+Source: arXiv:2511.19835 and BienLuky/Rectified-SpaAttn. Pooled queries and keys give every key
+block a probability (text keys one by one, visual ones times the tokens they stand for). Kept blocks
+are attended exactly and scaled by the mass that is not compensated; dropped blocks whose estimated
+gain beats the estimated pooling error are added as probability times mean value. Differences:
+ragged last blocks use true counts; the authors' int((1 - drop) * blocks) loses one block to
+rounding at 0.8; the extra first-frame blocks of their Wan scripts are left out.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_per_item, check_params, param
 from dittools.methods.curves import block_order, neighbour_blocks
-from dittools.methods.selection import keep_top, mass_counts
+from dittools.methods.selection import block_sizes, keep_top, mass_counts, slot_means
 from dittools.order import TokenOrder
 
 
@@ -60,7 +60,7 @@ class Rectified:
         if bool(chosen.kept.all()):
             return backend.dense(call)
         out = backend.block_sparse(call, _mask(call.grid, self, chosen.kept, order))
-        values = pooled(order.apply(call.value), call.grid, order, self.block_size)
+        values = slot_means(order.apply(call.value), call.grid.tokens, self.block_size)
         added = (chosen.probability * chosen.compensated) @ values  # [H, blocks, D]
         video = slice(call.grid.text_before, call.grid.text_before + call.grid.tokens)
         block = order.inverse[0, video] // self.block_size
@@ -88,35 +88,13 @@ class Rectification(NamedTuple):
     factor: torch.Tensor
 
 
-def pooled(
-    tensor: torch.Tensor, grid: TokenGrid, order: TokenOrder, block_size: int
-) -> torch.Tensor:
-    """Return float32 (64 for 64) [H, blocks, D]: the mean of every block of the grid's tokens.
-
-    Args:
-        tensor: [1, slots, H, D] in slot order, zeros in padding slots.
-        grid, order, block_size: how the slots were cut.
-    """
-    blocks = -(-grid.tokens // block_size)
-    cut = tensor[0, : blocks * block_size].unflatten(0, (blocks, block_size))
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return (cut.sum(1, dtype=wide) / _sizes(grid, block_size, tensor)[:, None, None]).transpose(
-        0, 1
-    )
-
-
-def _sizes(grid: TokenGrid, block_size: int, like: torch.Tensor) -> torch.Tensor:
-    start = torch.arange(0, grid.tokens, block_size, device=like.device)
-    return (grid.tokens - start).clamp(max=block_size)
-
-
 def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) -> Rectification:
     """Return what a call of batch 1 keeps, compensates and by how much kept keys are scaled."""
     grid, size = call.grid, method.block_size
     query, key = order.apply(call.query), order.apply(call.key)
-    q, k = pooled(query, grid, order, size), pooled(key, grid, order, size)
+    q, k = slot_means(query, grid.tokens, size), slot_means(key, grid.tokens, size)
     raw = q @ k.transpose(1, 2)  # [H, blocks, blocks]
-    sizes = _sizes(grid, size, raw)
+    sizes = block_sizes(grid.tokens, size, raw)
     text_at = order.index[0, -(-grid.tokens // size) * size :]
     text_at = text_at[text_at >= 0]
     texts = (q @ call.key[0, text_at].to(q.dtype).permute(1, 2, 0)) * call.softmax_scale
@@ -141,7 +119,7 @@ def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) 
 
 
 def _rank(probability: torch.Tensor, text: torch.Tensor, method: Rectified) -> torch.Tensor:
-    """Return bool like probability: the best blocks by count and by mass, text ranked beside them."""
+    """Return bool like probability: the best blocks by count and mass, text ranked beside."""
     blocks = probability.shape[-1]
     ranked = probability
     if method.text_ranks:
@@ -162,9 +140,10 @@ def _deviation(
     blocks = mean.shape[1]
     cut = tensor[0, : blocks * size].unflatten(0, (blocks, size)).to(mean.dtype)
     apart = (cut - mean.transpose(0, 1)[:, None]).abs()
-    sizes = _sizes(grid, size, tensor)
+    sizes = block_sizes(grid.tokens, size, tensor)
     real = torch.arange(size, device=tensor.device) < sizes[:, None]
-    return ((apart * real[..., None, None]).sum(1) / sizes[:, None, None]).transpose(0, 1)
+    total: torch.Tensor = (apart * real[..., None, None]).sum(1)
+    return (total / sizes[:, None, None]).transpose(0, 1)
 
 
 def _mask(grid: TokenGrid, method: Rectified, kept: torch.Tensor, order: TokenOrder) -> BlockMask:

@@ -95,3 +95,24 @@ def keep_share(mass: torch.Tensor, density: float, per_head: bool = False) -> to
     flat = mass.flatten(1) if per_head else mass.reshape(1, -1)
     kept = keep_top(flat, max(1, round(density * flat.shape[1])))
     return kept.view_as(mass)
+
+
+def block_sizes(tokens: int, block_size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return int64 [blocks]: the tokens each block really holds, on the device of `like`."""
+    start = torch.arange(0, tokens, block_size, device=like.device)
+    return (tokens - start).clamp(max=block_size)
+
+
+def slot_means(tensor: torch.Tensor, tokens: int, block_size: int) -> torch.Tensor:
+    """Return float32 (64 for 64) [H, blocks, D]: the mean of every block of the first slots.
+
+    Args:
+        tensor: [1, slots, H, D] in slot order, zeros in padding slots.
+        tokens: tokens in the first slots.
+        block_size: slots per block.
+    """
+    sizes = block_sizes(tokens, block_size, tensor)
+    cut = tensor[0, : len(sizes) * block_size].unflatten(0, (len(sizes), block_size))
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    means: torch.Tensor = cut.sum(1, dtype=wide) / sizes[:, None, None]
+    return means.transpose(0, 1)

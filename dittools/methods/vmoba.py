@@ -31,7 +31,12 @@ _PUBLISHED: dict[tuple[int, int, int], dict[str, tuple[int, int, int]]] = {
     (24, 36, 64): {"temporal": (3, 36, 64), "spatial": (24, 6, 8), "box": (8, 12, 8)},
     (36, 30, 52): {"temporal": (3, 30, 52), "spatial": (36, 5, 13), "box": (12, 10, 13)},
 }
-_GOALS = {"temporal": (8, 1, 1), "spatial": (1, 5, 5), "box": (3, 4, 4)}  # blocks per axis
+_LEAST_TOKENS = 32  # per block, where the sizes are picked
+_GOALS: dict[str, tuple[int, ...]] = {
+    "temporal": (8, 1, 1),
+    "spatial": (1, 5, 5),
+    "box": (3, 4, 4),
+}  # blocks per axis
 
 
 @dataclass(frozen=True)
@@ -108,8 +113,11 @@ def block_sides(grid: TokenGrid, method: VMoBA, kind: str) -> tuple[int, int, in
     if given:
         f, h, w = (min(side, length) for side, length in zip(given, grid.shape, strict=True))
         return f, h, w
+    goals = _GOALS[kind]
+    while grid.tokens < _LEAST_TOKENS * math.prod(goals) and max(goals) > 1:
+        goals = tuple(max(goal - 1, 1) for goal in goals)  # small grids get fewer blocks
     sides = []
-    for length, goal in zip(grid.shape, _GOALS[kind], strict=True):
+    for length, goal in zip(grid.shape, goals, strict=True):
         fits = [
             s for s in range(1, length + 1) if length % s == 0 and goal <= length / s < 2 * goal
         ]

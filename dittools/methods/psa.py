@@ -1,0 +1,254 @@
+"""Pyramid sparse attention: important key blocks in full, less important ones pooled by 2, 4 or 8.
+
+Source: arXiv:2512.04025 and ziplab/Pyramid-Sparse-Attention. A pooled key gets the bias ln(tokens
+it stands for), which makes it weigh as that many tokens. Pooled keys are extra keys of the call, in
+blocks of an eighth of a key block, so one ordinary launch runs all levels. Levels are assigned as
+in the authors' code; differences: the importance is sampled at fixed offsets instead of random
+ones, ragged ends are pooled with true counts, and text keys are full and text queries dense.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels import Backend
+from dittools.mask import BlockMask
+from dittools.methods.base import attend_per_item, bad_param, check_params, param
+from dittools.methods.curves import block_order
+from dittools.order import TokenOrder
+
+FACTORS = (1, 2, 4, 8)
+_CHUNK = 2**24  # sampled scores held at a time
+
+
+@dataclass(frozen=True)
+class PSA:
+    """Every key block at full resolution, pooled by 2, 4 or 8, or not at all."""
+
+    name: ClassVar[str] = "psa"
+    rule: str = param(
+        "threshold",
+        "whether levels end at shares of the importance or of the blocks",
+        choices=("threshold", "topk"),
+    )
+    ends: tuple[float, ...] = param(
+        (0.5, 0.6, 0.7, 0.8), "where the levels 1, 1/2, 1/4 and 1/8 end, never falling"
+    )
+    block_size: int = param(128, "the tokens per query block and key block", least=16, most=1024)
+    sample: int = param(4, "every how many tokens of a block are looked at", least=1)
+    similarity: tuple[float, ...] = param(
+        (), "the cosines that neighbouring keys need for pooling by 2, 4 and 8; empty does not ask"
+    )
+    curve: str = param("gilbert", "the order blocks are cut from", choices=("gilbert", "raster"))
+    tile: int = param(32, "the hardware tile level sizes are rounded to", least=1)
+
+    def __post_init__(self) -> None:
+        """Check the level ends."""
+        check_params(self)
+        shares = all(isinstance(e, (int, float)) and 0 <= e <= 1 for e in self.ends)
+        if len(self.ends) != 4 or not shares or list(self.ends) != sorted(self.ends):
+            raise bad_param(self, "ends", expected="four shares from 0 to 1, never falling")
+        if self.similarity and len(self.similarity) != 3:
+            raise bad_param(self, "similarity", expected="three cosines, or none")
+        if self.block_size % 8:
+            raise bad_param(self, "block_size", expected="a multiple of 8")
+
+    def not_supported(self, call: AttentionCall) -> list[str]:
+        """Extra keys belong to no block."""
+        extra = call.key.shape[1] - call.grid.total
+        return [f"psa has no block for {extra} extra keys"] if extra else []
+
+    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        """Return [B, S, H, D] in the dtype of call.query."""
+        return attend_per_item(call, lambda item: self._attend_item(item, backend))
+
+    def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        order = block_order(call.grid, self.block_size, self.curve).to(call.query.device)
+        levels = self.levels(call, order)
+        if bool((levels == 1).all()):
+            return backend.dense(call)
+        return attend_levels(call, backend, levels, order, self.block_size)
+
+    def levels(self, call: AttentionCall, order: TokenOrder) -> torch.Tensor:
+        """Return int64 [H, blocks, blocks]: the pooling factor of each block pair, 0 to skip."""
+        grid, size = call.grid, self.block_size
+        query, key = order.apply(call.query), order.apply(call.key)
+        importance = block_importance(
+            query, key, grid.tokens, size, self.sample, call.softmax_scale
+        )
+        found = assign_levels(importance, self.rule, self.ends, size, self.tile)
+        if self.similarity:
+            cap = similarity_cap(key, grid.tokens, size, self.similarity)
+            found = torch.minimum(found, cap[:, None])
+        return found
+
+
+def block_importance(
+    query: torch.Tensor, key: torch.Tensor, tokens: int, size: int, sample: int, scale: float
+) -> torch.Tensor:
+    """Return float32 [H, blocks, blocks], rows sum to 1: the largest sampled score of each pair.
+
+    Scores enter as exp(score - largest score of the query), the authors' choice.
+
+    Args:
+        query: [1, slots, H, D] in slot order.
+        key: [1, slots, H, D].
+        tokens: grid tokens, which fill the first slots.
+        size: tokens per block.
+        sample: every how many tokens are looked at.
+        scale: factor on the scores.
+    """
+    blocks, heads = -(-tokens // size), query.shape[2]
+    picked = torch.arange(0, tokens, device=query.device).view(-1)
+    picked = picked[picked % size % sample == 0]
+    owner = picked // size
+    keys = key[0, picked].transpose(0, 1).float() * scale
+    out = torch.zeros((heads, blocks, blocks), device=query.device)
+    step = max(1, _CHUNK // (heads * len(picked)))
+    for first in range(0, len(picked), step):
+        part = picked[first : first + step]
+        scores = query[0, part].transpose(0, 1).float() @ keys.transpose(1, 2)
+        best = scores.new_full((heads, len(part), blocks), float("-inf"))
+        best.scatter_reduce_(2, owner.expand_as(scores), scores, "amax")
+        weights = (best - best.amax(-1, keepdim=True)).exp()
+        at = owner[first : first + step, None].expand(heads, -1, blocks)
+        out.scatter_reduce_(1, at, weights, "amax")
+    return out / out.sum(-1, keepdim=True)
+
+
+def assign_levels(
+    importance: torch.Tensor, rule: str, ends: tuple[float, ...], size: int, tile: int = 32
+) -> torch.Tensor:
+    """Return int64 like importance [..., blocks]: pooling factors, 0 for blocks left out.
+
+    Blocks are taken from the most important on. By threshold, the block that crosses an end still
+    belongs to its level, and a level no block ends in stays empty; by topk, ends are shares of the
+    blocks. The full level holds at least 6 % of the blocks plus one (one block by topk).
+
+    Args:
+        importance: rows sum to 1.
+        rule: "threshold" or "topk".
+        ends: ends of levels 1, 1/2, 1/4, 1/8.
+        size: tokens per key block.
+        tile: pooled levels are rounded up to whole tiles of so many tokens.
+    """
+    blocks = importance.shape[-1]
+    value, order = importance.sort(dim=-1, descending=True, stable=True)
+    reached = value.double().cumsum(-1)
+    rank = torch.arange(blocks, device=importance.device)
+    ranked = torch.zeros_like(order)
+    start = torch.zeros((*importance.shape[:-1], 1), dtype=torch.long, device=importance.device)
+    for factor, end in zip(FACTORS, ends, strict=True):
+        if rule == "topk":
+            stop = torch.full_like(start, int(blocks * end + 1e-9))
+            least = 1
+        else:
+            within = (reached <= end + 1e-12).sum(-1, keepdim=True)
+            stop = torch.where(within > 0, within + 1, 0)
+            least = int(0.06 * blocks) + 1
+        if factor == 1:
+            stop = stop.clamp(min=least)
+        multiple = -(-factor // max(size // tile, 1))
+        count = (stop - start).clamp(min=0)
+        stop = (start + -(-count // multiple) * multiple).clamp(max=blocks)
+        ranked = torch.where((rank >= start) & (rank < stop), factor, ranked)
+        start = torch.maximum(start, stop)
+    return torch.zeros_like(ranked).scatter_(-1, order, ranked)
+
+
+def similarity_cap(
+    key: torch.Tensor, tokens: int, size: int, thresholds: tuple[float, ...]
+) -> torch.Tensor:
+    """Return int64 [H, blocks]: the coarsest pooling whose first and last keys are alike enough."""
+    blocks = -(-tokens // size)
+    unit = torch.nn.functional.normalize(key[0, : blocks * size].float(), dim=-1)
+    cut = unit.unflatten(0, (blocks, size))
+    cap = torch.ones((key.shape[2], blocks), dtype=torch.long, device=key.device)
+    for factor, least in zip(FACTORS[1:], thresholds, strict=True):
+        group = cut.unflatten(1, (size // factor, factor))
+        alike = (group[:, :, 0] * group[:, :, -1]).sum(-1).mean(1).t()  # [H, blocks]
+        cap = torch.where(alike > least, factor, cap)
+    return cap
+
+
+def attend_levels(
+    call: AttentionCall,
+    backend: Backend,
+    levels: torch.Tensor,
+    order: TokenOrder,
+    block_size: int,
+    count_bias: bool = True,
+) -> torch.Tensor:
+    """Return [1, S, H, D]: attention over key blocks at the resolution each query block asks for.
+
+    Args:
+        call: batch 1.
+        backend: runs the one launch.
+        levels: int [H, blocks, blocks] over the grid's tokens; 1, 2, 4, 8 or 0.
+        order: the padded order blocks are cut from.
+        block_size: tokens per block.
+        count_bias: whether pooled keys get the log of the tokens they stand for.
+    """
+    grid, blocks = call.grid, levels.shape[1]
+    key, value = order.apply(call.key)[0], order.apply(call.value)[0]
+    real = (order.index[0, : blocks * block_size] >= 0).float()
+    keys, values, biases = [call.key], [call.value], [_own_bias(call)]
+    wide = torch.promote_types(key.dtype, torch.float32)
+    for factor in FACTORS[1:]:
+        count = real.unflatten(0, (-1, factor)).sum(1)
+        share = (1 / count.clamp(min=1))[:, None, None]
+        for source, parts in ((key, keys), (value, values)):
+            groups = source[: blocks * block_size].unflatten(0, (-1, factor))
+            parts.append((groups.to(wide).sum(1) * share).to(source.dtype)[None])
+        bias = count.log() if count_bias else torch.where(count > 0, 0.0, float("-inf"))
+        biases.append(bias[None, None].expand(1, biases[0].shape[1], -1))
+    extended = replace(
+        call,
+        key=torch.cat(keys, dim=1),
+        value=torch.cat(values, dim=1),
+        key_mask=None,
+        key_bias=torch.cat(biases, dim=2),
+    )
+    mask = _level_mask(levels, grid, order, block_size, int(extended.key.shape[1]))
+    return backend.block_sparse(extended, mask)
+
+
+def _own_bias(call: AttentionCall) -> torch.Tensor:
+    bias = call.additive_mask()
+    if bias is None:
+        return torch.zeros((1, 1, call.key.shape[1]), device=call.query.device)
+    return bias
+
+
+def _level_mask(
+    levels: torch.Tensor, grid: TokenGrid, order: TokenOrder, size: int, kv_tokens: int
+) -> BlockMask:
+    """Return the mask over query blocks and eighths of key blocks, level after level."""
+    heads, blocks, _ = levels.shape
+    q_blocks, eighths = order.slots // size, size // 8
+    parts = []
+    for factor in FACTORS:
+        kept = (levels == factor).repeat_interleave(8 // factor, dim=2)
+        columns = q_blocks * 8 if factor == 1 else kept.shape[2]
+        part = levels.new_zeros((heads, q_blocks, columns), dtype=torch.bool)
+        part[:, :blocks, : kept.shape[2]] = kept
+        if factor == 1:
+            part[:, blocks:] = True  # text queries
+            part[:, :, kept.shape[2] :] = True  # text keys
+        parts.append(part)
+    return BlockMask(
+        torch.cat(parts, dim=2),
+        (size, eighths),
+        order=order,
+        q_tokens=grid.total,
+        kv_tokens=kv_tokens,
+    )
+
+
+def level_density(levels: torch.Tensor) -> float:
+    """Return the cost next to full attention: mean of 1 / factor, 0 where a block is skipped."""
+    share = torch.where(levels > 0, 1 / levels.clamp(min=1), 0.0)
+    return float(share.double().mean())

@@ -1,0 +1,147 @@
+"""The baselines: SVG's two kinds of heads, SpargeAttn's selection, the oracle."""
+
+import pytest
+import torch
+
+from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels.reference import ReferenceBackend
+from dittools.methods.curves import block_order
+from dittools.methods.oracle import OracleTopK
+from dittools.methods.random_blocks import RandomBlocks
+from dittools.methods.selection import keep_top, mass_counts
+from dittools.methods.sparge import Sparge, self_similarity
+from dittools.methods.svg import SVG, _rows_of
+
+BACKEND = ReferenceBackend()
+
+
+def random_call(grid: TokenGrid, heads: int = 2, batch: int = 1) -> AttentionCall:
+    return AttentionCall(*(torch.randn(batch, grid.total, heads, 16) for _ in range(3)), grid)
+
+
+def two_kinds(grid: TokenGrid) -> AttentionCall:
+    """Head 0 looks inside its frame, head 1 at its place in all frames."""
+    place = grid.coordinates()
+    query = torch.zeros(1, grid.total, 2, 64)
+    token = torch.arange(grid.total)
+    query[0, token, 0, place[:, 0]] = 12.0
+    query[0, token, 1, place[:, 1] * grid.width + place[:, 2]] = 12.0
+    return AttentionCall(query, query, torch.randn(1, grid.total, 2, 64), grid)
+
+
+def test_svg_tells_spatial_from_temporal_heads() -> None:
+    call = two_kinds(TokenGrid(8, 8, 8))
+    method = SVG(density=0.25, sink=False, block_size=16, rows=16)
+    assert method.temporal_heads(call).tolist() == [False, True]
+    swapped = call.heads([1, 0])
+    assert method.temporal_heads(swapped).tolist() == [True, False]
+    out, dense = method.attend(call, BACKEND), BACKEND.dense(call)
+    assert float((out - dense).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("text", [(0, 0), (5, 6)])
+def test_svg_runs_the_bands_it_tested(text: tuple[int, int]) -> None:
+    grid = TokenGrid(6, 7, 8, *text)
+    method = SVG(density=0.3, sink=False, block_size=16)
+    for mask in method.masks(grid):
+        tokens = torch.tensor([text[0], text[0] + 100, text[0] + 335])
+        assert torch.equal(_rows_of(mask, tokens), mask.to_dense()[0][tokens])
+    call = random_call(grid, heads=3)
+    kind = method.temporal_heads(call)
+    out = method.attend(call, BACKEND)
+    for head in range(3):
+        allowed = method.masks(grid)[int(kind[head])].to_dense()
+        q, k, v = (
+            x[:, :, head : head + 1].transpose(1, 2) for x in (call.query, call.key, call.value)
+        )
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        torch.testing.assert_close(out[:, :, head], expected[:, 0], atol=3e-6, rtol=1e-5)
+
+
+def test_self_similarity_is_the_mean_of_all_pairwise_cosines() -> None:
+    tensor = torch.randn(1, 24, 2, 8)
+    tensor[:, 20:] = 0  # padding slots
+    found = self_similarity(tensor, 20, 8)
+    unit = torch.nn.functional.normalize(tensor[0, :20], dim=-1)
+    for block, part in enumerate(unit.split(8)):
+        pairs = torch.einsum("ihd,jhd->hij", part, part)
+        torch.testing.assert_close(found[:, block], pairs.mean((1, 2)))
+
+
+def test_sparge_ranks_like_blocks_and_keeps_unlike_ones() -> None:
+    grid = TokenGrid(1, 8, 16)
+    order = block_order(grid, 32, "raster")
+    block = torch.arange(128) // 16
+    centre = torch.randn(8, 2, 16) * 2
+    q, k, v = centre[block][None], centre.flip(0)[block][None], torch.randn(1, 128, 2, 16)
+    q = torch.randn(4, 2, 16)[torch.arange(128) // 32][None] * 2
+    call = AttentionCall(q, k, v, grid)
+    params = {"block_size": 32, "curve": "raster"}
+    mask = Sparge(density=0.25, **params).select(call, order)
+    pooled = torch.einsum("qhd,khd->hqk", q[0, ::32], k[0, ::16])
+    assert torch.equal(mask.keep, keep_top(pooled, 2))
+    everything = Sparge(density=0.25, similarity=1.0, **params)
+    noisy = random_call(grid)
+    assert bool(everything.select(noisy, order).keep.all())
+    assert torch.equal(everything.attend(noisy, BACKEND), BACKEND.dense(noisy))
+    keys = k.clone()
+    keys[:, 32:48] = torch.randn(1, 16, 2, 16)  # one block of unlike keys
+    mask = Sparge(density=0.25, similarity=0.6, **params).select(
+        AttentionCall(q, keys, v, grid), order
+    )
+    assert bool(mask.keep[:, :, 2].all())
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(3, 5, 7), TokenGrid(4, 6, 6, 3, 9)], ids=str)
+def test_sparge_is_sdpa_under_its_mask(grid: TokenGrid) -> None:
+    call = random_call(grid)
+    method = Sparge(density=0.3, block_size=16)
+    allowed = method.select(call, block_order(grid, 16)).to_dense()
+    assert float(allowed.float().mean()) < 0.8
+    q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed[None])
+    torch.testing.assert_close(
+        method.attend(call, BACKEND), expected.transpose(1, 2), atol=3e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("share", "within"), [(0.9, 2), (0.98, 3), (0.5, 1), (0.3, 0)])
+def test_mass_rules_count_entries_within_a_share(share: float, within: int) -> None:
+    row = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
+    assert int(mass_counts(row, share)) == within
+
+
+def test_the_oracle_beats_random_blocks_at_the_same_density() -> None:
+    grid = TokenGrid(4, 8, 8)
+    call = random_call(grid)
+    call = AttentionCall(call.query * 3, call.key, call.value, grid)
+    dense = BACKEND.dense(call)
+
+    def error(method: object) -> float:
+        return float((method.attend(call, BACKEND) - dense).square().mean())
+
+    oracle = [error(OracleTopK(density=d, block_size=16)) for d in (0.2, 0.4, 0.8)]
+    floor = [error(RandomBlocks(density=d, block_size=16)) for d in (0.2, 0.4, 0.8)]
+    assert all(o < f for o, f in zip(oracle, floor, strict=True))
+    assert oracle == sorted(oracle, reverse=True)
+    assert torch.equal(OracleTopK(density=1.0).attend(call, BACKEND), dense)
+
+
+def test_the_oracle_keeps_the_heaviest_blocks_of_each_row() -> None:
+    grid = TokenGrid(4, 8, 8)
+    call = random_call(grid, heads=1)
+    weights = torch.softmax(call.query[0, :, 0] @ call.key[0, :, 0].t() * 0.25, -1)
+    mass = weights.view(16, 16, 16, 16).sum((1, 3))
+    kept = keep_top(mass, 4) | torch.eye(16, dtype=torch.bool)
+    allowed = kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    out = OracleTopK(density=0.25, block_size=16).attend(call, BACKEND)
+    torch.testing.assert_close(out, expected.transpose(1, 2), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [SVG(density=1.0), Sparge(density=1.0)], ids=["svg", "sparge"])
+def test_density_one_is_dense(method: object) -> None:
+    call = random_call(TokenGrid(4, 8, 8, 3, 2), batch=2)
+    torch.testing.assert_close(method.attend(call, BACKEND), BACKEND.dense(call), atol=1e-6, rtol=0)
