@@ -77,7 +77,7 @@ FACTS = {
     "cosmos": Facts(["1x4x6"], ["cond", "uncond"], 8),
     "auraflow": Facts(["1x8x12 + 24 text"], [""], 4),
     "z_image": Facts(["1x8x12 + 32 text"], [""], 4),
-    "lumina2": Facts(["1x4x6 + 1 text", "1x4x6 + 32 text"], ["cond", "uncond"], 8),
+    "lumina2": Facts(["1x4x6 + 1 text", "1x4x6 + 11 text"], ["cond", "uncond"], 8),
     "sd": Facts(["1x16x24", "1x8x12"], [""], 21, 3),  # PNDM evaluates once more
     "sdxl": Facts(["1x16x24", "1x8x12"], [""], 22),
 }
@@ -189,7 +189,9 @@ def test_rows_with_prompts_of_different_length_equal_dense(name: str) -> None:
         torch.testing.assert_close(run(name, **changes), expected, atol=1e-4, rtol=1e-4)
         report = handle.report()
     assert report.fallbacks == {}
-    assert report.calls["sparse"] >= FACTS[name].calls
+    # Mochi and Lumina2 run such rows one by one
+    apart = {"lumina2": 12, "mochi": 16}  # the empty negative prompts of Lumina2 are alike
+    assert report.calls["sparse"] == apart.get(name, FACTS[name].calls)
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video15", "qwen_image"])

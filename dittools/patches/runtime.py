@@ -201,7 +201,7 @@ class Root:
         if moment.steps == 0 and runtime.plan.needs_steps:
             tally.fallbacks[UNKNOWN_LENGTH] += 1
         if all(method.name == "dense" for _, method in rules):
-            tally.dense += 1
+            tally.dense += len(grids)
             return call.dense()
         if len(grids) == 1:
             return self._sparse_call(site, call, grids[0], rules, moment, tally)

@@ -449,7 +449,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "cosmos": {"height": 64, "width": 96, **_TEXT},
     "auraflow": {"height": 32, "width": 48, **_TEXT},
     "z_image": {"height": 32, "width": 48, **_TEXT},
-    "lumina2": {"height": 64, "width": 96, "max_sequence_length": 32},
+    "lumina2": {"height": 64, "width": 96, "system_prompt": "a", "max_sequence_length": 32},
     "sd": {"height": 32, "width": 48},
     "sdxl": {"height": 32, "width": 48},
     "sana": {"height": 32, "width": 64, "complex_human_instruction": None, **_PLAIN, **_TEXT},
