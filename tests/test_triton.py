@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import lru_cache
@@ -120,6 +121,19 @@ def test_device_stays_within_twice_the_error_of_the_dtype(case: object) -> None:
 @needs_gpu
 def test_nan_query_spoils_its_own_row_only_on_the_device() -> None:
     assert case_module().nan_row("cuda")["bad"] == [[0, 5, 1]]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
+)
+def test_compute_sanitizer_finds_no_access_outside() -> None:
+    script = [sys.executable, str(HERE / "triton_cases.py"), "cuda"]
+    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that every end is guarded
+    tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    done = subprocess.run([*tool, *script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 COMPILED = [(64, 64, False, False), (128, 128, False, False), (128, 128, True, True)]

@@ -54,8 +54,8 @@ def quantise(call: AttentionCall, mask: BlockMask, values: Values = "half") -> Q
             scaled.round().to(torch.int8) if values == "int8" else scaled.to(torch.float8_e4m3fn)
         )
     shift = torch.einsum("bshd,bhd->bsh", call.query.float(), mean) * call.softmax_scale
-    views = (t.transpose(1, 2) for t in (query, key, value))
-    return Quantised(*views, q_scale, k_scale, v_scale, slots.bias, shift)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    return Quantised(query, key, value, q_scale, k_scale, v_scale, slots.bias, shift)
 
 
 def _per_block(tensor: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
