@@ -213,7 +213,7 @@ class BlockMask:
         return out
 
     def to_flex(self) -> "torch.nn.attention.flex_attention.BlockMask":
-        """Return this mask for FlexAttention, in slot space (apply `order` to the tensors first)."""
+        """Return this mask for FlexAttention in slot space: apply `order` to the tensors first."""
         from dittools.flex_mask import flex_block_mask
 
         return flex_block_mask(self)
