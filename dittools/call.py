@@ -98,7 +98,7 @@ class AttentionCall:
         )
 
     def additive_mask(self) -> torch.Tensor | None:
-        """Fold key_mask and key_bias into one float [B or 1, H or 1, S_k]; None if both are None."""
+        """Fold key_mask and key_bias into one float [B or 1, H or 1, S_k]; None without either."""
         bias = None if self.key_bias is None else self.key_bias.float()
         if self.key_mask is not None:
             dropped = torch.zeros(self.key_mask.shape, device=self.query.device)
