@@ -32,6 +32,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 bad input, 130 interrupted, 1 anything else."""
     wanted = sys.argv[1:] if arguments is None else arguments
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):  # one clear line, not their many
+        os.environ.setdefault(name, "error")
     try:
         code = app(wanted, standalone_mode=False, prog_name="dittools")
         sys.exit(code if isinstance(code, int) else 0)
