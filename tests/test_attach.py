@@ -22,7 +22,7 @@ from dittools.mask import BlockMask
 from dittools.methods import build
 from dittools.patches import Attachment, attach, detach, install, seam
 from dittools.patches.install import root_of
-from dittools.patches.runtime import KEEPS_ALL, NOT_FINITE, UNKNOWN_LENGTH
+from dittools.patches.refusals import KEEPS_ALL, NOT_FINITE, UNKNOWN_LENGTH
 from dittools.patches.seam import is_shadow
 from dittools.pipelines import tiny
 from dittools.plans import ModelFacts, Plan, Rule

@@ -16,7 +16,8 @@ from dittools.methods import METHODS, Method, preset
 from dittools.patches.adapters import Family, families, family_of
 from dittools.patches.install import install, not_interceptable, root_of, select, uninstall
 from dittools.patches.report import Report
-from dittools.patches.runtime import Root, Runtime
+from dittools.patches.root import Root
+from dittools.patches.runtime import Runtime
 from dittools.patches.summary import summarise
 from dittools.plans import ModelFacts, Plan
 

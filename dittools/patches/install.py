@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dittools.patches.runtime import Root
+from dittools.patches.root import Root
 from dittools.patches.seam import is_shadow, shadow_of, stock_of
 from dittools.patches.sites import SITE_ATTRIBUTE, Site
 from dittools.patches.steps import follow_branch, unfollow_branch

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from dittools.patches.runtime import Root
+    from dittools.patches.root import Root
 
 SITE_ATTRIBUTE = "_dit_site"
 _NUMBERS = itertools.count()

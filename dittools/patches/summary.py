@@ -7,7 +7,8 @@ import torch
 from dittools.grid import TokenGrid
 from dittools.patches.install import not_interceptable
 from dittools.patches.report import LayerReport, Report
-from dittools.patches.runtime import Root, Runtime, Tally
+from dittools.patches.root import Root
+from dittools.patches.runtime import Runtime, Tally
 from dittools.plans import Plan
 
 

@@ -1,0 +1,258 @@
+"""One attached denoiser: place each attention call, ask the plan, run the method, note the rest."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.errors import DitToolsError, UnsupportedCall
+from dittools.grid import TokenGrid
+from dittools.patches.adapters import Family, Layout
+from dittools.patches.masks import KeyMask, key_mask
+from dittools.patches.meter import DENSE_IS_FASTER, Meter
+from dittools.patches.refusals import KEEPS_ALL, NOT_FINITE, UNKNOWN_LENGTH, is_finite, refusal
+from dittools.patches.runtime import Moment, Runtime, Tally
+from dittools.patches.sites import SeamCall, Site
+from dittools.plans.plan import HeadRule
+
+
+class Root:
+    """One attached denoiser: follows its forwards and answers its sites."""
+
+    def __init__(self, component: str, family: Family, runtime: Runtime) -> None:
+        """Start without sites; `install` adds them."""
+        self.component, self.family, self.runtime = component, family, runtime
+        self.sites: list[Site] = []
+        self.branch_name: Callable[[], str | None] = lambda: None
+        self.moment: Moment | None = None
+        self._unnamed: tuple[int, int] = (-1, 0)  # step, unnamed forwards seen in it
+        self._signatures: weakref.WeakKeyDictionary[type, inspect.Signature] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def begin(
+        self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Take note of a forward that is about to run."""
+        runtime = self.runtime
+        arguments = self._bind(denoiser, args, kwargs)
+        place = runtime.clock.observe(arguments.get(self.family.timestep))
+        if place.is_new_run:
+            runtime.memory.clear()
+            self._unnamed = (-1, 0)
+        layout, problem = None, ""
+        try:
+            layout = self.family.layout(arguments, denoiser)
+        except DitToolsError as error:
+            problem = f"the token grid is not known: {error}"
+        branch = self._branch(place.step)
+        runtime.forwards += 1
+        runtime.branches.add(branch)
+        runtime.steps_seen.add(place.step)
+        self.moment = Moment(layout, problem, place.step, place.steps, branch)
+
+    def _bind(
+        self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        kind = type(denoiser)
+        if kind not in self._signatures:
+            self._signatures[kind] = inspect.signature(kind.forward)
+        return self._signatures[kind].bind_partial(denoiser, *args, **kwargs).arguments
+
+    def _branch(self, step: int) -> str:
+        """Return the name diffusers gives the forward, else one by its order within the step."""
+        name = self.branch_name()
+        if name is not None:
+            return name
+        at, count = self._unnamed
+        count = count if at == step else 0
+        self._unnamed = (step, count + 1)
+        if count < len(self.family.branches):
+            return self.family.branches[count]
+        return "" if count == 0 else f"call {count}"
+
+    def attend(self, site: Site, call: SeamCall) -> torch.Tensor:
+        """Return the attention of one call, in the layout it came in."""
+        runtime, moment = self.runtime, self.moment
+        tally = runtime.tally(site)
+        axis = 2 if call.heads_first else 1
+        tokens = call.query.shape[axis]
+        if moment is None or call.query.dim() != 4 or tokens != call.key.shape[axis]:
+            tally.passed += 1
+            return call.dense()
+        grids = _place(moment.layout, site, call, tokens)
+        if not grids:
+            tally.passed += 1
+            tally.fallbacks[moment.problem or f"{tokens} tokens do not fit the token grid"] += 1
+            return call.dense()
+        runtime.grids.update(grids)
+        with runtime.attention.running(call.query.device):
+            return self._main_call(site, call, grids, moment, tally)
+
+    def _main_call(
+        self,
+        site: Site,
+        call: SeamCall,
+        grids: tuple[TokenGrid, ...],
+        moment: Moment,
+        tally: Tally,
+    ) -> torch.Tensor:
+        """Run one eligible call by the plan, dense where the plan or a reason says so.
+
+        Several grids mean rows of different text length: each row is a call of its own, and what
+        pads it stays zero, as nothing reads it.
+        """
+        runtime = self.runtime
+        heads = call.query.shape[1 if call.heads_first else 2]
+        rules = runtime.rules(site, moment.step, moment.steps, heads)
+        if moment.steps == 0 and runtime.plan.needs_steps:
+            tally.fallbacks[UNKNOWN_LENGTH] += 1
+        if all(method.name == "dense" for _, method in rules):
+            tally.dense += len(grids)
+            return call.dense()
+        if len(grids) == 1:
+            return self._sparse_call(site, call, grids[0], rules, moment, tally)
+        out = torch.zeros_like(call.query)
+        axis = 2 if call.heads_first else 1
+        for index, grid in enumerate(grids):
+            row = call.row(index, grid.total)
+            part = self._sparse_call(site, row, grid, rules, moment, tally)
+            out[index : index + 1].narrow(axis, 0, grid.total).copy_(part)
+        return out
+
+    def _sparse_call(
+        self,
+        site: Site,
+        call: SeamCall,
+        grid: TokenGrid,
+        rules: list[HeadRule],
+        moment: Moment,
+        tally: Tally,
+    ) -> torch.Tensor:
+        """Run a call the plan wants sparse; the stock function where it cannot be."""
+        runtime = self.runtime
+        ordinal = moment.ordinals[site.name]
+        moment.ordinals[site.name] += 1
+        attention, reason = self._attention_call(site, call, grid, ordinal, moment)
+        if attention is None:
+            tally.dense += 1
+            tally.fallbacks[reason] += 1
+            return call.dense()
+        with runtime.sparse_calls.running(call.query.device):
+            return self._run(attention, rules, call, tally)
+
+    def _attention_call(
+        self, site: Site, call: SeamCall, grid: TokenGrid, ordinal: int, moment: Moment
+    ) -> tuple[AttentionCall | None, str]:
+        """Return the call as methods see it, or why there is none."""
+        reason = refusal(call)
+        if reason:
+            return None, reason
+        q, k, v = call.query, call.key, call.value
+        if call.heads_first:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        if k.shape[2] != q.shape[2] and q.shape[2] % k.shape[2] == 0:
+            k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+        if self.runtime.check_finite and not is_finite(q, k, v):
+            return None, NOT_FINITE
+        mask = self._key_mask(call.options.get("attn_mask"), q, moment)
+        if mask.reason:
+            return None, mask.reason
+        key = (site.name, moment.branch, ordinal)
+        try:
+            return AttentionCall(
+                q,
+                k,
+                v,
+                grid,
+                layer=site.layer,
+                step=moment.step,
+                steps=moment.steps,
+                branch=moment.branch,
+                scale=call.options.get("scale"),
+                key_mask=mask.keep,
+                memory=self.runtime.recall(key, (q.shape, q.dtype, q.device, grid)),
+            ), ""
+        except UnsupportedCall as error:
+            return None, str(error)
+
+    def _key_mask(self, mask: torch.Tensor | None, query: torch.Tensor, moment: Moment) -> KeyMask:
+        """Work a mask out once per forward: reading it makes a GPU wait."""
+        if mask is None:
+            return KeyMask(None)
+        if id(mask) in moment.masks:
+            return moment.masks[id(mask)][1]
+        batch, tokens = query.shape[:2]
+        found = key_mask(mask, batch, tokens, self.family.pairwise_mask)
+        if mask.numel() <= batch * tokens:  # made once per forward; pairwise ones once per layer
+            moment.masks[id(mask)] = (mask, found)
+        return found
+
+    def _run(
+        self, whole: AttentionCall, rules: list[HeadRule], call: SeamCall, tally: Tally
+    ) -> torch.Tensor:
+        """Run each group of heads by its method; the stock function where nothing is sparse."""
+        runtime = self.runtime
+
+        def stock() -> torch.Tensor:
+            out = call.dense()
+            return out.transpose(1, 2) if call.heads_first else out
+
+        meter = Meter(runtime.backend, whole, stock, runtime.backend_work)
+        groups = []
+        for heads, method in rules:
+            part = whole.heads(heads) if len(rules) > 1 else whole
+            reasons = [] if method.name == "dense" else method.not_supported(part)
+            for reason in reasons:
+                tally.fallbacks[reason] += 1
+            groups.append((heads, None if reasons or method.name == "dense" else method, part))
+        if all(method is None for _, method, _ in groups):
+            tally.dense += 1
+            return call.dense()
+        try:
+            parts = [
+                (heads, meter.dense(part) if method is None else method.attend(part, meter))
+                for heads, method, part in groups
+            ]
+        except UnsupportedCall as error:
+            tally.dense += 1
+            tally.fallbacks[str(error)] += 1
+            return call.dense()
+        self._note(meter, whole, tally)
+        out = parts[0][1] if len(parts) == 1 else _scatter(whole, parts)
+        return out.transpose(1, 2) if call.heads_first else out
+
+    def _note(self, meter: Meter, whole: AttentionCall, tally: Tally) -> None:
+        density = meter.density(whole)
+        if meter.declined:
+            tally.fallbacks[DENSE_IS_FASTER] += 1
+        if meter.was_sparse or (isinstance(density, float) and density < 1):
+            tally.sparse += 1
+            tally.sparse_density = tally.sparse_density + density
+            self.runtime.used |= meter.used
+            return
+        tally.dense += 1
+        if not meter.declined:
+            tally.fallbacks[KEEPS_ALL] += 1
+
+
+def _place(layout: Layout | None, site: Site, call: SeamCall, tokens: int) -> tuple[TokenGrid, ...]:
+    """Return the geometry of a call: one for all rows, or one per row; nothing when none fits."""
+    if layout is None:
+        return ()
+    grid = layout.place(site.path, tokens)
+    return (grid,) if grid is not None else layout.by_row(call.query.shape[0], tokens)
+
+
+def _scatter(
+    whole: AttentionCall, parts: list[tuple[tuple[int, ...], torch.Tensor]]
+) -> torch.Tensor:
+    """Put the results of groups of heads together, [B, S, H, D]."""
+    out = torch.empty_like(whole.query, memory_format=torch.contiguous_format)
+    for heads, result in parts:
+        where = torch.as_tensor(heads, device=out.device)
+        out.index_copy_(2, where, result.to(out.dtype))
+    return out
