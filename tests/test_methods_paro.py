@@ -10,7 +10,7 @@ from dittools.call import AttentionCall
 from dittools.errors import InputError, PlanError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
-from dittools.methods.block_statistics import Statistics, statistics
+from dittools.methods.block_statistics import Statistics, sampled_mass, statistics
 from dittools.methods.paro import (
     NAMES,
     ORDERS,
@@ -149,6 +149,9 @@ def test_streamed_statistics_equal_the_whole_map(
     monkeypatch.setattr("dittools.methods.block_statistics._CHUNK", 1000)
     q, k = torch.randn(80, 2, 16) * 3, torch.randn(80, 2, 16)
     found = statistics(q, k, tokens, 16, 0.25)
+    for rows in (2, 16):
+        sampled = statistics(q, k, tokens, 16, 0.25, rows).mass
+        torch.testing.assert_close(sampled_mass(q, k, tokens, 16, 0.25, rows), sampled)
     weights = torch.softmax(torch.einsum("qhd,khd->hqk", q, k) * 0.25, -1)[:, :tokens, :tokens]
     blocks = -(-tokens // 16)
     for i in range(blocks):

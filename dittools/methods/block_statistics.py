@@ -25,9 +25,7 @@ class Statistics:
 
     def recall(self, density: float) -> torch.Tensor:
         """Return [H]: the share of the mass in the heaviest blocks at a density."""
-        flat = self.mass.flatten(1)
-        count = max(1, round(density * flat.shape[1]))
-        return flat.topk(count, dim=1).values.sum(1) / flat.sum(1).clamp(min=1e-30)
+        return mass_recall(self.mass, density)
 
     def sparse(self, sigma: float = 0.9) -> torch.Tensor:
         """Return [H]: the share of blocks in which at least sigma of the weights are small."""
@@ -78,9 +76,42 @@ def statistics(
         at = where[None, :, None].expand(heads, -1, blocks)
         out[1].scatter_reduce_(1, at, cut.amax(-1), "amax")
         out[2].index_add_(1, where, (cut < eps).sum(-1).float() - _pads(sizes, block_size))
-    counts = torch.bincount(owner, minlength=blocks)
+    counts = torch.bincount(owner, minlength=blocks)  # sampled queries per block
     area = (counts[:, None] * sizes).float()
     return Statistics(out[0], out[1], out[2] / area, area)
+
+
+def sampled_mass(
+    query: torch.Tensor, key: torch.Tensor, tokens: int, block_size: int, scale: float, rows: int
+) -> torch.Tensor:
+    """Return float32 [H, blocks, blocks]: `statistics(...).mass` alone, which is all a mask needs.
+
+    Takes the same arguments; a few passes over the sampled scores, in place.
+    """
+    heads, blocks = query.shape[1], -(-tokens // block_size)
+    picked = _sample(tokens, block_size, rows).to(query.device)
+    keys = key.permute(1, 2, 0).float()
+    mass = torch.zeros((heads, blocks, blocks), device=query.device)
+    whole = tokens // block_size * block_size
+    step = max(1, _CHUNK // (heads * key.shape[0]))
+    for first in range(0, len(picked), step):
+        part = picked[first : first + step]
+        scores = (query[part].transpose(0, 1).float() * scale) @ keys
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        sums = weights[..., :whole].unflatten(2, (-1, block_size)).sum(-1) if whole else None
+        parts = [] if sums is None else [sums]
+        if whole < tokens:
+            parts.append(weights[..., whole:tokens].sum(-1, keepdim=True))
+        share = torch.cat(parts, dim=2) / weights.sum(-1, keepdim=True)
+        mass.index_add_(1, part // block_size, share)
+    return mass
+
+
+def mass_recall(mass: torch.Tensor, density: float) -> torch.Tensor:
+    """Return [H]: the share of the mass in the heaviest blocks at a density."""
+    flat = mass.flatten(1)
+    count = max(1, round(density * flat.shape[1]))
+    return flat.topk(count, dim=1).values.sum(1) / flat.sum(1).clamp(min=1e-30)
 
 
 def _pads(sizes: torch.Tensor, block_size: int) -> torch.Tensor:

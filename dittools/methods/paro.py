@@ -19,7 +19,7 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_masked, attend_per_item, bad_param, check_params, param
-from dittools.methods.block_statistics import Statistics, statistics
+from dittools.methods.block_statistics import mass_recall, sampled_mass, statistics
 from dittools.methods.paro_tables import ParoTables, load_tables
 from dittools.methods.selection import keep_share, row_mask
 from dittools.order import TokenOrder
@@ -94,11 +94,12 @@ class PARO:
             order = head_order(call.grid, self._orders(call)).to(device)
         grid = replace(call.grid, text_before=0, text_after=call.grid.text)
         query, key = order.apply(call.query)[0], order.apply(call.key)[0]
-        found = statistics(query, key, grid.tokens, self.block_size, call.softmax_scale, self.rows)
+        args = (grid.tokens, self.block_size, call.softmax_scale, self.rows)
+        mass = sampled_mass(query, key, *args)
         blocks = grid.blocks(self.block_size)
         keep = torch.zeros((call.head_count, blocks, blocks), dtype=torch.bool, device=device)
-        video = found.mass.shape[1]
-        keep[:, :video, :video] = keep_share(found.mass, self.density, self.per_head)
+        video = mass.shape[1]
+        keep[:, :video, :video] = keep_share(mass, self.density, self.per_head)
         return row_mask(keep, grid, self.block_size, order)
 
     def _orders(self, call: AttentionCall) -> list[int]:
@@ -111,7 +112,7 @@ class PARO:
             order = head_order(call.grid, [NAMES.index(name)]).to(call.query.device)
             query, key = order.apply(call.query)[0], order.apply(call.key)[0]
             args = (call.grid.tokens, self.block_size, call.softmax_scale, self.rows)
-            recalls.append(statistics(query, key, *args).recall(self.density))
+            recalls.append(mass_recall(sampled_mass(query, key, *args), self.density))
         return best_order(torch.stack(recalls))
 
 
@@ -216,8 +217,7 @@ class ParoCalibrator:
         orders, kept = [], []
         for layer in layers:
             total = torch.stack([self._mass[s, layer] for s in steps]).sum(0)
-            ones = torch.ones(())
-            recalls = [Statistics(m, m, m, ones).recall(density) for m in total]
+            recalls = [mass_recall(m, density) for m in total]
             best = torch.tensor(best_order(torch.stack(recalls)))
             orders.append(best)
             heads = torch.arange(len(best))

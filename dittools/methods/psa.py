@@ -102,20 +102,20 @@ def block_importance(
         scale: factor on the scores.
     """
     blocks, heads = -(-tokens // size), query.shape[2]
-    picked = torch.arange(0, tokens, device=query.device).view(-1)
-    picked = picked[picked % size % sample == 0]
-    owner = picked // size
-    keys = key[0, picked].transpose(0, 1).float() * scale
+    slots = torch.arange(0, blocks * size, device=query.device)
+    picked = slots[slots % size % sample == 0]
+    each = len(picked) // blocks  # sampled tokens per block
+    keys = key[0, picked].permute(1, 2, 0).float() * scale
     out = torch.zeros((heads, blocks, blocks), device=query.device)
-    step = max(1, _CHUNK // (heads * len(picked)))
-    for first in range(0, len(picked), step):
-        part = picked[first : first + step]
-        scores = query[0, part].transpose(0, 1).float() @ keys.transpose(1, 2)
-        best = scores.new_full((heads, len(part), blocks), float("-inf"))
-        best.scatter_reduce_(2, owner.expand_as(scores), scores, "amax")
+    step = max(1, _CHUNK // (heads * len(picked) * each))  # query blocks at a time
+    for first in range(0, blocks, step):
+        part = picked[first * each : (first + step) * each]
+        scores = query[0, part].transpose(0, 1).float() @ keys
+        scores[..., picked >= tokens] = float("-inf")  # padding slots of the last block
+        best = scores.unflatten(2, (blocks, each)).amax(-1)
         weights = (best - best.amax(-1, keepdim=True)).exp()
-        at = owner[first : first + step, None].expand(heads, -1, blocks)
-        out.scatter_reduce_(1, at, weights, "amax")
+        weights[:, part >= tokens] = 0.0
+        out[:, first : first + step] = weights.unflatten(1, (-1, each)).amax(2)
     return out / out.sum(-1, keepdim=True)
 
 

@@ -231,7 +231,7 @@ def _attend_tokens(
         both = torch.logaddexp(lse, part_lse)
         total = total * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
         lse = both
-    return _with_text_rows(call, backend, total.to(call.query.dtype)[None])
+    return _with_text_rows(call, backend, total.transpose(0, 1).to(call.query.dtype)[None])
 
 
 def _with_text_rows(call: AttentionCall, backend: Backend, video: torch.Tensor) -> torch.Tensor:
@@ -266,20 +266,26 @@ class _KeyBlocks:
         self.slot = start[group[by_block]] + rank
         self.slots = int(self.tiles.sum()) * tile
         self.has_text = grid.text > 0
-        key = call.key.new_zeros((1, self.slots, *call.key.shape[2:]))
+        # a call needs as many keys as queries, and every block may end in a ragged query tile
+        slots = max(self.slots, (-(-grid.tokens // tile) + self.blocks + 1) * tile)
+        key = call.key.new_zeros((1, slots, *call.key.shape[2:]))
         value = torch.zeros_like(key)
         key[0, self.slot], value[0, self.slot] = call.key[0, by_block], call.value[0, by_block]
         bias = call.additive_mask()
         heads = 1 if bias is None else bias.shape[1]
-        self.bias = torch.full((1, heads, self.slots), float("-inf"), device=device)
+        self.bias = torch.full((1, heads, slots), float("-inf"), device=device)
         self.bias[0, :, self.slot] = 0.0 if bias is None else bias[0][:, by_block].float()
-        self.key, self.value, self.video = key, value, video
-        self.owner = torch.arange(self.blocks + 1, device=device).repeat_interleave(self.tiles)
+        self.key, self.value = key, value
+        owner = torch.arange(self.blocks + 1, device=device).repeat_interleave(self.tiles)
+        self.owner = torch.nn.functional.pad(owner, (0, slots // tile - len(owner)), value=-1)
+        video_rows = call.query[0, video].transpose(0, 1)
+        padded = torch.nn.functional.pad(video_rows, (0, 0, 0, 1))  # the last row is a hole
+        self.rows = padded.reshape(-1, call.query.shape[3])
 
     def attend(
         self, backend: Backend, choice: torch.Tensor, with_text: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [S, H, D] and log-sum-exp [S, H] of the grid's queries over one block each.
+        """Return out [H, S, D] and log-sum-exp [H, S] of the grid's queries over one block each.
 
         Args:
             backend: runs the attention.
@@ -296,10 +302,12 @@ class _KeyBlocks:
         chosen = choice.gather(1, order)
         rank = torch.arange(tokens, device=device) - (counts.cumsum(1) - counts).gather(1, chosen)
         slot = torch.empty_like(order).scatter_(1, order, start.gather(1, chosen) + rank)
-        q_tiles = max(math.ceil(tokens / tile), int(tiles.sum(1).max()))
-        query = self.call.query.new_zeros((1, q_tiles * tile, heads, self.key.shape[3]))
-        where = slot.t()[None, :, :, None].expand(1, -1, -1, query.shape[3])
-        query.scatter_(1, where, self.call.query[:, self.video])
+        q_tiles = int(tiles.sum(1).max())
+        head = torch.arange(heads, device=device)[:, None]
+        token = torch.full((heads, q_tiles * tile), tokens, device=device)
+        token.scatter_(1, slot, torch.arange(tokens, device=device).expand(heads, -1))
+        query = self.rows.index_select(0, (token + head * (tokens + 1)).flatten())
+        query = query.view(1, heads, q_tiles * tile, -1).transpose(1, 2)
         ends = tiles.cumsum(1)
         of_tile = torch.searchsorted(
             ends, torch.arange(q_tiles, device=device).expand(heads, -1).contiguous(), right=True
@@ -312,23 +320,22 @@ class _KeyBlocks:
     def _run(
         self, backend: Backend, query: torch.Tensor, keep: torch.Tensor, slot: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        short = max(query.shape[1] - self.slots, 0)  # a call has at least as many keys as queries
-        pad = (0, 0, 0, 0, 0, short)
         call = AttentionCall(
             query,
-            torch.nn.functional.pad(self.key, pad),
-            torch.nn.functional.pad(self.value, pad),
+            self.key,
+            self.value,
             TokenGrid(1, 1, query.shape[1]),
             scale=self.call.scale,
-            key_bias=torch.nn.functional.pad(self.bias, (0, short), value=float("-inf")),
+            key_bias=self.bias,
         )
-        keep = torch.nn.functional.pad(keep, (0, short // self.tile))
-        mask = BlockMask(keep, self.tile, q_tokens=query.shape[1], kv_tokens=call.key.shape[1])
+        mask = BlockMask(keep, self.tile, q_tokens=query.shape[1], kv_tokens=self.key.shape[1])
         out, lse = backend.block_sparse(call, mask, return_lse=True)
-        where = slot.t()
-        lse = lse[0].gather(0, where)
-        out = out[0].gather(0, where[..., None].expand(-1, -1, out.shape[3]))
-        return out, lse
+        at = (
+            slot + torch.arange(len(slot), device=slot.device)[:, None] * query.shape[1]
+        ).flatten()
+        out = out[0].transpose(0, 1).reshape(-1, out.shape[3]).index_select(0, at)
+        lse = lse[0].t().reshape(-1).index_select(0, at)
+        return out.view(*slot.shape, -1), lse.view(slot.shape)
 
 
 def _attend_tiles(
