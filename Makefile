@@ -5,8 +5,9 @@ BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check
 WORKERS ?= 2
 OUT ?= out
+MINUTES ?= 600
 
-.PHONY: help demo demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
+.PHONY: help demo scoreboard demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -70,6 +71,10 @@ bench-latency: $(VENV)/.test  ## end to end by part: released configs on a GPU, 
 
 bench-check: $(VENV)/.test  ## ratios against the committed reference
 	@$(BIN) bench/check.py
+
+scoreboard: $(VENV)/.core  ## every method on the embedded model at matched densities; MINUTES=12 bounds it
+	@$(BIN) -m dittools search --prompts bench/search_prompts.txt --target-density 0.4 --out $(OUT)/scoreboard/plan.json
+	@$(BIN) bench/scoreboard.py --plan $(OUT)/scoreboard/plan.json --minutes $(MINUTES) --out $(OUT)/scoreboard
 
 demo-model: $(VENV)/.test  ## retrain the embedded model from nothing and print its score
 	@$(BIN) -m dittools.pipelines.demo.train --out $(OUT)/demo-model

@@ -204,6 +204,8 @@ def _by_fields(name: str, grid: TokenGrid) -> list[Method]:
     base: dict[str, Any] = {}
     if "block_size" in known:
         base["block_size"] = block_for(grid)
+    if "per_head" in known:
+        base["per_head"] = True  # a head's share must not depend on which heads run beside it
     if "density" not in known:
         return _built(name, [base])
     return _built(name, [{**base, "density": density} for density in DENSITIES])
