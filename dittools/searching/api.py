@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dittools.errors import InputError
 from dittools.patches import detach
 from dittools.pipelines.output import check_writable, write_text
 from dittools.plans import Plan
@@ -163,7 +164,11 @@ def default_work(out: Path | None) -> Path | None:
 
 
 def write(result: SearchResult, out: Path) -> dict[str, Path]:
-    """Write plan, frontier, report and cost table; each appears whole or not at all."""
+    """Write plan, frontier, report and cost table; each appears whole or not at all.
+
+    Raises:
+        InputError: the disk is full or the folder cannot be written to; old files stay whole.
+    """
     folder = out.parent
     files = {
         "plan": out,
@@ -171,8 +176,15 @@ def write(result: SearchResult, out: Path) -> dict[str, Path]:
         "report": folder / "report.html",
         "cost": folder / "cost.json",
     }
-    write_text(files["frontier"], json.dumps(result.frontier, indent=1) + "\n")
-    write_text(files["report"], page(result.frontier, result.atlas, result.costs))
-    save_costs(result.costs, files["cost"])
-    result.plan.save(out)  # last: a plan file means that the rest is there
+    try:
+        write_text(files["frontier"], json.dumps(result.frontier, indent=1) + "\n")
+        write_text(files["report"], page(result.frontier, result.atlas, result.costs))
+        save_costs(result.costs, files["cost"])
+        result.plan.save(out)  # last: a plan file means that the rest is there
+    except OSError as error:
+        raise InputError(
+            f"cannot write the results to {folder}",
+            got=error.strerror or str(error),
+            remedy="the same command with room on the disk: finished work is kept",
+        ) from error
     return files
