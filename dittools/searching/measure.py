@@ -124,15 +124,17 @@ class Bench:
     ) -> list[Score]:
         """Return how each plan does on the same generations.
 
-        A generation is always scored by the same process, so that its dense frames are made once.
+        A generation is always scored by the same process, so that its dense frames are made once;
+        a single one is made by every process, and the plans are dealt out.
         """
+        alone = len(settings) == 1
         units = [
             Unit(
                 f"score {plan_digest(plan)} {fingerprint(use.to_dict())}",
-                number,
+                place if alone else number,
                 lambda plan=plan, use=use: self._score(plan, use),  # type: ignore[misc]
             )
-            for plan in plans
+            for place, plan in enumerate(plans)
             for number, use in enumerate(settings)
         ]
         found = self.store.run(what, units)
