@@ -15,18 +15,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
-
-from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
-from dittools.kernels import Backend
-from dittools.mask import BlockMask
 from dittools.methods import build
-from dittools.methods.base import attend_masked, attend_per_item
-from dittools.methods.selection import keep_top
-from dittools.order import TokenOrder
 from dittools.pipelines import load
 from dittools.pipelines.demo import DEMO_DEFAULTS
 from dittools.pipelines.demo.score import held_out_pairs
@@ -43,46 +35,6 @@ NEAR = 0.04  # a method counts as matched when its density is this close
 
 
 @dataclass(frozen=True)
-class OracleTopK:
-    """The ceiling: per query block the key blocks of most true attention mass."""
-
-    name: ClassVar[str] = "oracle"
-    density: float
-    tile: tuple[int, int, int] = (2, 4, 4)
-
-    def not_supported(self, call: AttentionCall) -> list[str]:
-        """Every call fits."""
-        return []
-
-    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        """Return [B, S, H, D]."""
-        return attend_per_item(call, lambda item: self._attend_item(item, backend))
-
-    def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        order = TokenOrder.tiles(call.grid, self.tile)
-        size = self.tile[0] * self.tile[1] * self.tile[2]
-        mass = block_mass(call, order, size)
-        keep = keep_top(mass, max(1, round(self.density * mass.shape[-1])))
-        mask = BlockMask(
-            keep, size, order=order, q_tokens=call.grid.total, kv_tokens=call.grid.total
-        )
-        return attend_masked(call, backend, mask)
-
-
-def block_mass(call: AttentionCall, order: TokenOrder, size: int) -> torch.Tensor:
-    """Return [H, blocks, blocks]: attention mass of every tile pair, one query tile at a time."""
-    query, key = (order.apply(t)[0].transpose(0, 1).float() for t in (call.query, call.key))
-    hole = order.index[0] < 0
-    rows = []
-    for start in range(0, order.slots, size):
-        scores = query[:, start : start + size] @ key.transpose(1, 2) * call.softmax_scale
-        weight = scores.masked_fill(hole, float("-inf")).softmax(dim=-1)
-        weight = weight.masked_fill(hole[start : start + size, None], 0)
-        rows.append(weight.sum(dim=1).unflatten(-1, (-1, size)).sum(dim=-1))
-    return torch.stack(rows, dim=1)
-
-
-@dataclass(frozen=True)
 class Case:
     """One row of the board: a name, what it is, and the plan."""
 
@@ -96,9 +48,10 @@ def cases(
 ) -> list[Case]:
     """Return the rows of one density: floor, ceiling, searched plans, every method."""
     random = build("random", {"density": density, "block_size": 32})
+    oracle = build("oracle", {"density": density, "block_size": 32})
     found = [
         Case("random blocks", "floor", Plan.of(random)),
-        Case("oracle top-k", "ceiling", Plan.of(OracleTopK(density))),
+        Case("oracle top-k", "ceiling", Plan.of(oracle)),
         *(Case(name, "searched", plan) for name, plan in searched.items()),
     ]
     rest = (density - WARM_UP) / (1 - WARM_UP)
