@@ -19,13 +19,15 @@ from typing import Any
 
 from dittools.grid import TokenGrid
 from dittools.methods import build
+from dittools.patches import attach
 from dittools.pipelines import load
 from dittools.pipelines.demo import DEMO_DEFAULTS
 from dittools.pipelines.demo.score import held_out_pairs
-from dittools.pipelines.generate import Settings
+from dittools.pipelines.generate import Settings, generate
 from dittools.pipelines.output import write_text
 from dittools.plans import Plan
 from dittools.searching.candidates import Candidate, candidates_for
+from dittools.searching.forecast import forecast
 from dittools.searching.measure import Bench, Score
 from dittools.searching.run import work_folder
 from dittools.searching.store import Store
@@ -150,6 +152,26 @@ def as_table(density: float, lines: list[dict[str, Any]]) -> str:
     return "\n".join([*text, ""])
 
 
+def speed(pipe: Any, plan: Plan, settings: Settings, repeats: int) -> dict[str, float]:
+    """Return forecast and measured seconds of a plan: dense and sparse in turn, medians."""
+    sizes = {k: getattr(settings, k) for k in ("height", "width", "frames", "steps", "guidance")}
+    promised = forecast(pipe, plan, backend="cpu", **sizes)
+    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for _ in range(repeats + 1):
+        seconds["dense"].append(generate(pipe, settings).seconds)
+        with attach(pipe, promised.plan, backend="cpu"):
+            seconds["sparse"].append(generate(pipe, settings).seconds)
+    dense, sparse = (statistics.median(s[1:]) for s in seconds.values())
+    return {
+        "forecast_speedup": promised.speedup,
+        "measured_speedup": dense / sparse,
+        "forecast_seconds": promised.seconds or 0.0,
+        "measured_seconds": sparse,
+        "attention_share": promised.attention_share,
+        "layers_left_dense": float(len(promised.losing)),
+    }
+
+
 def main() -> None:
     """Run the board and write board.json and board.md."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -158,6 +180,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
     parser.add_argument("--plan", type=Path, action="append", default=[], help="searched plan file")
     parser.add_argument("--out", type=Path, default=Path("out/scoreboard"))
+    parser.add_argument("--speed", type=int, default=0, help="also time the plans so many times")
     given = parser.parse_args()
     deadline = time.monotonic() + given.minutes * 60
     pipe = load("demo")
@@ -166,6 +189,9 @@ def main() -> None:
     bench = Bench(pipe, store, "cpu")
     grid = TokenGrid(12, 12, 12)
     settings = settings_of(given.prompts)
+    for plan in given.plan if given.speed else ():
+        found = speed(pipe, Plan.load(plan), settings[0], given.speed)
+        print(f"{plan}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()), flush=True)
     content: dict[str, Any] = {"prompts": [s.prompt for s in settings], "densities": {}}
     tables = []
     for density in given.density or [0.2, 0.3, 0.4, 0.5]:

@@ -38,7 +38,7 @@ def _call(grid: TokenGrid = GRID, heads: int = 2, layer: int = 0, step: int = 0)
 @pytest.mark.parametrize("method", METHODS_SEEN, ids=lambda m: f"{m.name}")
 def test_rows_of_a_mask_are_those_of_its_dense_form(method: object) -> None:
     mask = method.mask(GRID)  # type: ignore[attr-defined]
-    rows = torch.tensor([0, 1, 50, 133, GRID.total - 1])
+    rows = torch.arange(GRID.total)
     assert torch.equal(mask_rows(mask, rows), mask.to_dense()[:, rows])
 
 
@@ -242,3 +242,17 @@ def test_a_head_is_named_after_the_band_that_holds_its_mass(band: str) -> None:
     uniform = band_shares(grid, rows).tolist()
     assert head_class(held, uniform) == {"first_frame": "sink"}.get(band, band)
     assert head_class(uniform, uniform) == "spread"
+
+
+def test_bands_hold_the_keys_they_are_named_after() -> None:
+    from dittools.searching.atlas import BANDS
+
+    grid = TokenGrid(4, 5, 6, text_after=2)
+    keys = band_keys(grid, (0, 47, 119))
+    counts = {name: keys[n].sum(dim=1).tolist() for n, name in enumerate(BANDS)}
+    assert counts["stripe"] == [4, 4, 4]
+    assert counts["frame"] == [30, 30, 30]
+    assert counts["row"] == [24, 24, 24]
+    assert counts["column"] == [20, 20, 20]
+    assert counts["text"] == [2, 2, 2]
+    assert counts["local"][:2] == [2 * 2 * 2, 3 * 3 * 2]  # a corner; the right edge in the middle
