@@ -15,10 +15,11 @@ from typing import Any
 from dittools.cli import _first_line
 from dittools.methods import METHODS
 from dittools.patches import families as families_table
+from dittools.pipelines.demo import WEIGHTS
 from dittools.pipelines.report_html import HEADINGS, rows, summary
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
 
 
@@ -73,7 +74,7 @@ def kernels() -> str:
 
 
 def score() -> str:
-    result = _load("demo-score.json")
+    result = json.loads((WEIGHTS / "score.json").read_text())
     shares = "".join(f", {name} {share:.0%}" for name, share in result["shares"].items())
     directions = ", ".join(f"{name} {share:.0%}" for name, share in result["directions"].items())
     return f"{result['pairs']} prompt and seed pairs{shares}; motion by direction: {directions}."

@@ -231,6 +231,5 @@ def _describe(plan: str | Path | Method | Plan) -> str:
     if isinstance(plan, str) and plan in METHODS:
         return plan
     if isinstance(plan, Plan):
-        names = dict.fromkeys(rule.method.name for rule in plan.rules)
-        return f"plan of {', '.join(names) or 'dense'}"
+        return "plan"
     return plan.name if isinstance(plan, Method) else str(plan)
