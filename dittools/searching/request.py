@@ -32,7 +32,7 @@ class Budget:
     steps_per_range: int = 2
     sensitivity: int = 8
     rounds: int = 8
-    points: int = 8
+    points: int = 6
 
     def __post_init__(self) -> None:
         """Refuse what measures nothing."""
