@@ -135,18 +135,24 @@ def add_gap(lines: list[dict[str, Any]]) -> None:
             line["gap_closed"] = round(share, 3)
 
 
+def is_matched(line: dict[str, Any], density: float) -> bool:
+    """Whether a row ran near enough to the density of the board to be compared."""
+    return bool(abs(line["density"] - density) <= NEAR)
+
+
 def as_table(density: float, lines: list[dict[str, Any]]) -> str:
-    """Return one density as a Markdown table, best first."""
+    """Return one density as a Markdown table, best first, rows of another density last."""
     text = [
         f"### Density {density:g}, {min(line['prompts'] for line in lines)} held-out prompts",
         "",
         "| | density | PSNR dB | SSIM | gap closed |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for line in sorted(lines, key=lambda row: -row["psnr_db"]):
+    for line in sorted(lines, key=lambda row: (not is_matched(row, density), -row["psnr_db"])):
+        off = "" if is_matched(line, density) else " (not matched)"
         gap = f"{line['gap_closed']:.0%}" if "gap_closed" in line else ""
         text.append(
-            f"| {line['name']} | {line['density']:.3f} | {line['psnr_db']:.2f} | "
+            f"| {line['name']}{off} | {line['density']:.3f} | {line['psnr_db']:.2f} | "
             f"{line['ssim']:.3f} | {gap} |"
         )
     return "\n".join([*text, ""])
