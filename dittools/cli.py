@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(name, "error")
     try:
         code = app(wanted, standalone_mode=False, prog_name="dittools")
+        if code == 130:  # the command-line library turned Ctrl-C into an exit code
+            _fail("interrupted; no half-written file was left", wanted, 130)
         sys.exit(code if isinstance(code, int) else 0)
     except KeyboardInterrupt:
         _fail("interrupted; no half-written file was left", wanted, 130)
@@ -68,7 +70,10 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What to show.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to steer away from.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="Method name; `dittools methods` lists them.")
+        str | None,
+        typer.Option(
+            help="Method name; `dittools methods` lists them. The demo defaults to a searched plan."
+        ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file, instead of a method.")] = None,
     param: Annotated[

@@ -159,7 +159,7 @@ def run_comparison(
     clips = {"dense": _joined(dense_runs), "accelerated": fast}
     return Comparison(
         settings,
-        _describe(plan),
+        describe(plan),
         clips["dense"],
         fast,
         other,
@@ -227,7 +227,8 @@ def _ratio(above: float, below: float) -> float | None:
     return above / below if below > 0 else None
 
 
-def _describe(plan: str | Path | Method | Plan) -> str:
+def describe(plan: str | Path | Method | Plan) -> str:
+    """Return what a report calls a plan: the method's name, or "plan"."""
     if isinstance(plan, str) and plan in METHODS:
         return plan
     if isinstance(plan, Plan):

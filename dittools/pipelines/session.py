@@ -7,12 +7,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dittools import plans
 from dittools.errors import InputError
 from dittools.methods import Method, build, preset
 from dittools.metrics.scene import WORDS, Scene, parse, unknown_words
 from dittools.patches import attach
 from dittools.pipelines import load
-from dittools.pipelines.compare import Comparison, Step, environment, run_comparison
+from dittools.pipelines.compare import (
+    Comparison,
+    Step,
+    describe,
+    environment,
+    run_comparison,
+)
 from dittools.pipelines.demo import DEMO_DEFAULTS
 from dittools.pipelines.generate import Settings, generate
 from dittools.pipelines.output import (
@@ -26,6 +33,7 @@ from dittools.pipelines.report_html import page
 from dittools.plans import Plan
 
 DEFAULT_METHOD = "gna"
+DEMO_PLAN = Path(plans.__file__).parent / "presets" / "demo.json"  # made by `dittools search`
 FPS = 8
 
 
@@ -157,6 +165,8 @@ def _target(request: Request) -> str | Method | Plan:
         if request.params:
             raise InputError("--set belongs to a method", remedy="change the plan file instead")
         return Plan.load(request.plan)
+    if request.method is None and request.model == "demo" and not request.params:
+        return Plan.load(DEMO_PLAN)
     name = request.method or DEFAULT_METHOD
     if request.params:
         return build(name, request.params)
@@ -185,7 +195,7 @@ def _once(
         "environment": environment(),
         "model": request.model,
         "settings": settings.to_dict(),
-        "method": request.method or str(request.plan or DEFAULT_METHOD),
+        "method": describe(target),
         "accelerated": {
             "seconds": made.seconds,
             "report": attachment.to_dict(),
