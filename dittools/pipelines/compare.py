@@ -18,7 +18,7 @@ from dittools.metrics import compare as fidelity
 from dittools.metrics.prompt_score import score_clip
 from dittools.patches import attach
 from dittools.pipelines.generate import Run, Settings, generate
-from dittools.plans import Plan
+from dittools.plans import Plan, Rule, Schedule
 
 Step = Callable[[str, int, int], None]  # (what is running, steps done, steps in all)
 
@@ -152,10 +152,9 @@ def run_comparison(
         fast_runs.append(measure(f"accelerated {label}", plan, settings, backend=backend, **extra))
     fast = _joined(fast_runs)
     other = measure("other seed", "dense", replace(settings, seed=settings.seed + 1))
-    random_plan, schedule = _random_at(fast.report)
     # a named backend runs the blocks it is given, also where dense would be faster
     runner = next(iter(fast.report["backends"]), "auto")
-    floor = measure("random blocks", random_plan, settings, backend=runner, **schedule)
+    floor = measure("random blocks", _random_at(fast.report), settings, backend=runner)
     clips = {"dense": _joined(dense_runs), "accelerated": fast}
     return Comparison(
         settings,
@@ -188,15 +187,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _random_at(report: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
-    """Return random blocks at the density the accelerated run reached, on the same dense steps."""
-    density = report["sparse_density"]
-    schedule = report["schedule"]
-    return build("random", {"density": max(min(density, 1.0), 1e-3)}), {
-        "dense_steps": schedule["dense_first_steps"],
-        "dense_last_steps": schedule["dense_last_steps"],
-        "dense_layers": schedule["dense_layers"],
-    }
+def _random_at(report: dict[str, Any]) -> Plan:
+    """Return random blocks that reach the density of a run over all its calls.
+
+    The run's dense steps and layers stay dense, so the rest gets what they leave of the density.
+    """
+    named = report["schedule"]
+    schedule = Schedule(
+        named["dense_first_steps"], named["dense_last_steps"], named["dense_layers"]
+    )
+    layers, steps = len(report["layers"]), report["steps"]
+    dense = sum(
+        schedule.is_dense(layer, step, steps) for layer in range(layers) for step in range(steps)
+    ) / (layers * steps)
+    density = (report["density"] - dense) / (1 - dense) if dense < 1 else 1.0
+    return Plan((Rule(build("random", {"density": min(max(density, 0.01), 1.0)})),), schedule)
 
 
 def _joined(runs: Sequence[Measured]) -> Measured:
