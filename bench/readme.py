@@ -2,6 +2,7 @@
 
 python bench/readme.py           # rewrite the README
 python bench/readme.py --check   # exit 1 when it is not what this would write
+python bench/readme.py --demo out/demo/report.json --kernels kernels.json   # take new results
 """
 
 import argparse
@@ -16,6 +17,7 @@ from dittools.cli import _first_line
 from dittools.methods import METHODS
 from dittools.patches import families as families_table
 from dittools.pipelines.demo import WEIGHTS
+from dittools.pipelines.output import write_text
 from dittools.pipelines.report_html import HEADINGS, rows, summary
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,14 @@ def table(headings: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
 def _load(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return found
+
+
+def take(source: Path, target: Path) -> None:
+    """Copy one result, without the rows per layer that no table shows."""
+    result = json.loads(source.read_text())
+    for run in ("dense", "accelerated"):
+        result.get(run, {}).get("report", {}).pop("layers", None)
+    write_text(target, json.dumps(result, indent=1) + "\n")
 
 
 def demo() -> str:
@@ -103,7 +113,12 @@ def render(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when stale")
+    parser.add_argument("--demo", type=Path, metavar="FILE", help="report of `make demo` to take")
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="rows of bench/kernels.py")
     args = parser.parse_args(argv)
+    for name, source in (("demo-cpu.json", args.demo), ("kernels-cpu.json", args.kernels)):
+        if source is not None:
+            take(source, RESULTS / name)
     old = README.read_text()
     new = render(old)
     if args.check:
