@@ -1,5 +1,7 @@
 """A pipeline from a short name, a local folder or a hub id."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     if name == "demo":
         from dittools.pipelines.demo import load_demo
 
-        pipe = load_demo()
+        with _no_loading_bars():
+            pipe = load_demo()
     elif name.startswith("tiny/"):
         pipe = _tiny(name.removeprefix("tiny/"))
     else:
@@ -42,6 +45,24 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     if dtype != "auto":
         pipe = pipe.to(dtypes[dtype])
     return pipe.to(device)
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Switch the libraries' loading bars off: the embedded model loads in a blink."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    switches = (diffusers_logging, transformers_logging)
+    shown = [switch.is_progress_bar_enabled() for switch in switches]
+    for switch in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch, was_shown in zip(switches, shown, strict=True):
+            if was_shown:
+                switch.enable_progress_bar()
 
 
 def _tiny(name: str) -> Any:

@@ -1,8 +1,7 @@
 """One `generate` request from its options to the files on disk."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,32 +85,13 @@ def run(request: Request, step: Step | None, note: Callable[[str], None]) -> Res
     check_writable(request.out)
     if request.model == "demo":
         check_words(settings.prompt, note)
-    with _no_loading_bars():
-        pipe = load(request.model, dtype=request.dtype, device=request.device)
+    pipe = load(request.model, dtype=request.dtype, device=request.device)
     pipe.set_progress_bar_config(disable=True)
     if request.compare:
         result = _compare(pipe, request, settings, target, step)
     else:
         result = _once(pipe, request, settings, target, step)
     return result
-
-
-@contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Keep the libraries' loading bars off a terminal that shows our own progress."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    switches = (diffusers_logging, transformers_logging)
-    shown = [switch.is_progress_bar_enabled() for switch in switches]
-    for switch in switches:
-        switch.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for switch, was_shown in zip(switches, shown, strict=True):
-            if was_shown:
-                switch.enable_progress_bar()
 
 
 def settings_of(request: Request) -> Settings:
