@@ -44,7 +44,15 @@ def take(source: Path, target: Path) -> None:
 
 
 def demo() -> str:
-    report = _load("demo-cpu.json")
+    return _comparison("demo-cpu.json")
+
+
+def larger() -> str:
+    return _comparison("demo-large-cpu.json")
+
+
+def _comparison(name: str) -> str:
+    report = _load(name)
     where = report["environment"]
     machine = (
         f"{where['threads']} CPU threads, torch {where['torch']}, diffusers {where['diffusers']}"
@@ -92,6 +100,7 @@ def score() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "larger": larger,
     "methods": methods,
     "families": families,
     "kernels": kernels,
@@ -114,9 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 when stale")
     parser.add_argument("--demo", type=Path, metavar="FILE", help="report of `make demo` to take")
+    parser.add_argument("--larger", type=Path, metavar="FILE", help="report at 16 x 128 x 128")
     parser.add_argument("--kernels", type=Path, metavar="FILE", help="rows of bench/kernels.py")
     args = parser.parse_args(argv)
-    for name, source in (("demo-cpu.json", args.demo), ("kernels-cpu.json", args.kernels)):
+    for name, source in (
+        ("demo-cpu.json", args.demo),
+        ("demo-large-cpu.json", args.larger),
+        ("kernels-cpu.json", args.kernels),
+    ):
         if source is not None:
             take(source, RESULTS / name)
     old = README.read_text()

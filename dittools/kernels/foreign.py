@@ -5,6 +5,7 @@ Each is chosen by name, is imported on first use, and says why it cannot run a c
 
 import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -45,19 +46,19 @@ def _keeps_all(mask: BlockMask) -> bool:
     return mask.tiles is None and bool(mask.keep.all())
 
 
-class _DenseKernel:
+class _DenseKernel(ABC):
     """A kernel that computes every pair; it runs a mask only when that keeps everything."""
 
     name: ClassVar[str]
     package: ClassVar[str]
     head_dims: ClassVar[str]
 
-    def _takes(self, head_dim: int) -> bool:
-        raise NotImplementedError
+    @abstractmethod
+    def _takes(self, head_dim: int) -> bool: ...
 
+    @abstractmethod
     def _run(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, S, H, D] and log-sum-exp [B, H, S]."""
-        raise NotImplementedError
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """Package, device, dtype, head size; then whether the mask drops anything."""
