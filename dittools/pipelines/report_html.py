@@ -16,7 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .clips { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem }
 figure { margin: 0 } video, img { width: 100%; border-radius: 6px; image-rendering: pixelated }
-table { border-collapse: collapse; width: 100% } caption { text-align: left; padding: .3rem 0 }
+table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto } caption { text-align: left; padding: .3rem 0 }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
 th:first-child, td:first-child { text-align: left } tr.floor { background: var(--soft) }
 svg { width: 100%; height: auto } dl { display: grid; grid-template-columns: max-content 1fr;
@@ -143,6 +143,7 @@ def _plot(report: dict[str, Any]) -> str:
         parts.append(
             f'<text x="4" y="{y + 4:.1f}" font-size="12" fill="currentColor">{level}</text>'
         )
+    taken: list[float] = []
     for (name, values), colour in zip(lines.items(), ("#2a7", "#c73", "#57c"), strict=True):
         step = (width - left - 130) / max(1, len(values) - 1)
         places = [
@@ -154,6 +155,9 @@ def _plot(report: dict[str, Any]) -> str:
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
         x, y = places[-1]
+        while any(abs(y - other) < 14 for other in taken):  # labels must not lie on each other
+            y += 14
+        taken.append(y)
         place = f'x="{x + 6:.1f}" y="{y + 4:.1f}" font-size="12" fill="{colour}"'
         parts.append(f"<text {place}>{escape(name)}</text>")
     return "".join(parts) + "</svg>"
@@ -163,7 +167,7 @@ def _attention(attachment: dict[str, Any]) -> str:
     """Return the attachment's report as a definition list, nested values in words."""
     items = []
     for name, value in attachment.items():
-        if value in (None, "", [], {}):
+        if value in (None, "", [], {}) or name == "layers":
             continue
         if isinstance(value, dict):
             text = ", ".join(f"{key}: {_short(item)}" for key, item in value.items())
@@ -172,7 +176,17 @@ def _attention(attachment: dict[str, Any]) -> str:
         else:
             text = _short(value)
         items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>")
-    return f"<dl>{''.join(items)}</dl>"
+    return f"<dl>{''.join(items)}</dl>{_layers(attachment['layers'])}"
+
+
+def _layers(layers: list[dict[str, Any]]) -> str:
+    """Return one row per site."""
+    names = ("site", "sparse", "dense", "density")
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = ""
+    for layer in layers:
+        rows += "<tr>" + "".join(f"<td>{escape(_short(layer[n]))}</td>" for n in names) + "</tr>"
+    return f"<table><caption>calls by site</caption><tr>{head}</tr>{rows}</table>"
 
 
 def _short(value: Any) -> str:
