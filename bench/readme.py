@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dittools.cli import _first_line
+from dittools.commands.terminal import first_line
 from dittools.methods import METHODS
 from dittools.patches import families as families_table
 from dittools.pipelines.demo import WEIGHTS
@@ -61,7 +61,7 @@ def _comparison(name: str) -> str:
 
 
 def methods() -> str:
-    body = [(f"`{name}`", _first_line(kind)) for name, kind in METHODS.items()]
+    body = [(f"`{name}`", first_line(kind)) for name, kind in METHODS.items()]
     return table(("method", "what it does"), body)
 
 

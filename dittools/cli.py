@@ -3,18 +3,24 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dittools.errors import DitToolsError, InputError
+from dittools.commands import bench, forecast, inspect, quality, search
+from dittools.commands.terminal import (
+    Json,
+    console,
+    count_or_share,
+    errors,
+    first_line,
+    pairs,
+    progress,
+)
+from dittools.errors import DitToolsError
 
 app = typer.Typer(
     help="Training-free acceleration of diffusers image and video transformers.",
@@ -23,10 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-errors = Console(stderr=True, soft_wrap=True)
-console = Console()
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for machines.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,8 +113,8 @@ def generate(
         negative_prompt=negative_prompt,
         method=method,
         plan=plan,
-        params=_pairs(param or []),
-        dense_steps=_count_or_share(dense_steps),
+        params=pairs(param or []),
+        dense_steps=count_or_share(dense_steps),
         dense_layers=dense_layers,
         seed=seed,
         steps=steps,
@@ -127,7 +129,7 @@ def generate(
         device=device,
         out=out,
     )
-    with _progress() as step:
+    with progress() as step:
         result = run(request, step, lambda note: errors.print(note, markup=False, highlight=False))
     if as_json:
         sys.stdout.write(json.dumps(result.report) + "\n")
@@ -148,10 +150,10 @@ def methods(as_json: Json = False) -> None:
     for name, kind in METHODS.items():
         described = [(f.name, f.default, f.metadata.get("help", "")) for f in fields(kind)]
         listing[name] = {
-            "summary": _first_line(kind),
+            "summary": first_line(kind),
             "parameters": {n: {"default": d, "help": h} for n, d, h in described},
         }
-        table.add_row(name, _first_line(kind), ", ".join(f"{n}={d}" for n, d, _ in described))
+        table.add_row(name, first_line(kind), ", ".join(f"{n}={d}" for n, d, _ in described))
     if as_json:
         sys.stdout.write(json.dumps(listing, default=str) + "\n")
     else:
@@ -178,66 +180,6 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _first_line(kind: type) -> str:
-    """Return the first line of a method's module docstring, without its closing stop."""
-    module = sys.modules[kind.__module__]
-    return (module.__doc__ or kind.__doc__ or "").strip().splitlines()[0].rstrip(".")
-
-
-def _pairs(given: list[str]) -> dict[str, Any]:
-    """Read NAME=VALUE options; values are JSON where they parse as such, text otherwise."""
-    pairs: dict[str, Any] = {}
-    for item in given:
-        name, equals, text = item.partition("=")
-        if not equals or not name:
-            raise InputError("--set is not usable", expected="NAME=VALUE", got=repr(item))
-        try:
-            pairs[name.strip()] = json.loads(text)
-        except json.JSONDecodeError:
-            pairs[name.strip()] = text
-    return pairs
-
-
-def _count_or_share(value: float | None) -> float | int | None:
-    """Read 3 as three steps and .25 as a quarter of them."""
-    if value is None or 0 < value < 1:
-        return value
-    if value < 0 or value != int(value):
-        raise InputError(
-            "--dense-steps is not usable", expected="a count, or a share below 1", got=str(value)
-        )
-    return int(value)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Yield a callback (what, done, total): a bar on a terminal, one line per run elsewhere."""
-    if not errors.is_terminal:
-        seen: set[str] = set()
-
-        def line(what: str, done: int, total: int) -> None:
-            if what not in seen:
-                seen.add(what)
-                errors.print(f"{what}: {total} steps", markup=False, highlight=False)
-
-        yield line
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-    )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=errors) as bar:
-        tasks: dict[str, Any] = {}
-
-        def move(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total or None)
-            bar.update(tasks[what], completed=done)
-
-        yield move
-
-
 def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool) -> None:
     from dittools.pipelines.report_html import HEADINGS, rows, summary
 
@@ -259,14 +201,8 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
         console.print(f"{name}: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
-from dittools.commands import bench as _bench  # noqa: E402 -- commands print through this module
-from dittools.commands import forecast as _forecast  # noqa: E402
-from dittools.commands import inspect as _inspect  # noqa: E402
-from dittools.commands import quality as _quality  # noqa: E402
-from dittools.commands import search as _search  # noqa: E402
-
-app.command()(_quality.quality)
-app.add_typer(_bench.app, name="bench")
-app.command()(_search.search)
-app.command()(_forecast.forecast)
-app.command()(_inspect.inspect)
+app.command()(quality.quality)
+app.add_typer(bench.app, name="bench")
+app.command()(search.search)
+app.command()(forecast.forecast)
+app.command()(inspect.inspect)

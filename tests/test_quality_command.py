@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dittools import cli
-from dittools.commands import suite
+from dittools.commands import suite, terminal
 from dittools.errors import InputError
 from dittools.metrics import official
 from dittools.metrics.clips import read_clip
@@ -48,7 +49,7 @@ def test_a_folder_gives_one_json_line_and_one_file(
 def test_the_table_keeps_true_and_proxy_columns_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "console", cli.Console(width=140))
+    monkeypatch.setattr(terminal, "console", Console(width=140))
     write(tmp_path / "one.mp4")
     _, out, _ = run(capsys, tmp_path)
     rows = {

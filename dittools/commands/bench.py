@@ -45,9 +45,9 @@ def latency(
 
     Example: dittools bench latency --method gna --method radial --repeats 5
     """
-    from dittools.cli import _progress
     from dittools.commands.compare_page import parts_plot
     from dittools.commands.latency import Bench, run_latency
+    from dittools.commands.terminal import progress
     from dittools.pipelines import load
     from dittools.pipelines.output import check_writable, write_text
     from dittools.pipelines.session import Request, settings_of
@@ -80,7 +80,7 @@ def latency(
         dtype=str(_denoiser(pipe).dtype).removeprefix("torch."),
         floors=floors,
     )
-    with _progress() as tell:
+    with progress() as tell:
         results = run_latency(pipe, bench, out, tell)
     write_text(out / "parts.svg", parts_plot(results["cases"]))
     if as_json:
@@ -101,8 +101,8 @@ def compare(
 
     Example: dittools bench compare out/a/results.json out/b/results.json --out compare.html
     """
-    from dittools.cli import console
     from dittools.commands.compare_page import compare_page
+    from dittools.commands.terminal import console
     from dittools.pipelines.output import write_text
 
     documents = [(path, load_results(path)) for path in results]
@@ -172,7 +172,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _print(results: dict[str, Any], out: Path) -> None:
-    from dittools.cli import console
+    from dittools.commands.terminal import console
 
     columns = table_rows(results)  # a case a column: fifteen columns fit no terminal
     table = Table(*(column[0] for column in [HEADINGS, *columns]))

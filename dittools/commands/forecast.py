@@ -44,7 +44,7 @@ def forecast(
     Example: dittools forecast --model config.json --method radial --frames 81 --height 720
     --width 1280
     """
-    from dittools.cli import _pairs, console
+    from dittools.commands.terminal import console, pairs
     from dittools.methods import build
     from dittools.plans import Plan
     from dittools.searching.cost import load_costs
@@ -54,7 +54,7 @@ def forecast(
         raise InputError("a forecast needs one plan", expected="--plan or --method")
     if plan is not None and param:
         raise InputError("--set belongs to a method", remedy="change the plan file instead")
-    chosen: Any = Plan.load(plan) if plan is not None else build(str(method), _pairs(param or []))
+    chosen: Any = Plan.load(plan) if plan is not None else build(str(method), pairs(param or []))
     costs = None if cost is None else load_costs(cost)
     if dry_run:
         console.print("options and plan are usable", markup=False, highlight=False)

@@ -40,8 +40,8 @@ def inspect(
 
     Example: dittools inspect --model demo --plan plan.json --out atlas.html
     """
-    from dittools.cli import _progress, console
     from dittools.commands.search import _load
+    from dittools.commands.terminal import console, progress
     from dittools.pipelines.output import check_writable, write_text
     from dittools.plans import Plan
     from dittools.searching.inspect import atlas, atlas_page, work_beside
@@ -55,7 +55,7 @@ def inspect(
         return
     given: dict[str, Any] = {"steps": steps, "frames": frames, "height": height, "width": width}
     pipe, settings = _load(model, dtype, device, {**given, "guidance": guidance, "seed": seed})
-    with _progress() as step:
+    with progress() as step:
         found = atlas(
             pipe,
             texts,

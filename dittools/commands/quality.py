@@ -59,9 +59,9 @@ def quality(
 
     Example: dittools quality out/demo --json
     """
-    from dittools.cli import _progress
     from dittools.commands.measure import Distance, official_scores, prompt_score, quality_report
     from dittools.commands.suite import Suite, known_prompts, make_clips, prompt_list
+    from dittools.commands.terminal import progress
     from dittools.pipelines.output import check_writable, write_text
 
     runs_first = plan is not None or method is not None or prompts is not None
@@ -71,7 +71,7 @@ def quality(
         folder = Path("out/quality")
     measure = Quality(Weights(dino, clip, aesthetic))  # wrong folders fail before any work
     distance = Distance(reference, lpips, dino, clip) if reference is not None else None
-    with _progress() as tell:
+    with progress() as tell:
         if runs_first:
             check_writable(folder)
             make_clips(
@@ -119,7 +119,7 @@ def quality(
 
 
 def _print(report: dict[str, Any], path: Path) -> None:
-    from dittools.cli import console
+    from dittools.commands.terminal import console
 
     table = Table("dimension", "VBench", "proxy", "official", "how")
     for name, row in report["dimensions"].items():

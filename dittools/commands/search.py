@@ -72,7 +72,7 @@ def search(
     texts = read_prompts(prompts)
     limits = Constraints(
         dense_layers=_numbers("--dense-layers", dense_layers),
-        dense_heads=_pairs(dense_heads),
+        dense_heads=pairs(dense_heads),
         exclude=tuple(exclude or ()),
         distinct=kernels_per_layer,
         mask_bytes=int(mask_mib * 2**20),
@@ -120,11 +120,11 @@ def _search(
     work: Path | None,
     as_json: bool,
 ) -> None:
-    from dittools.cli import _progress, console
+    from dittools.commands.terminal import console, progress
     from dittools.searching.api import search as run_search
     from dittools.searching.store import finish, is_main
 
-    with _progress() as step:
+    with progress() as step:
         result = run_search(
             pipe, prompts, **wanted, **settings, backend=backend, out=out, work=work, progress=step
         )
@@ -154,7 +154,7 @@ def _search(
 
 
 def _print_estimate(pipe: Any, request: Any, as_json: bool) -> None:
-    from dittools.cli import console
+    from dittools.commands.terminal import console
     from dittools.searching.estimate import estimate
 
     found = estimate(pipe, request)
@@ -174,7 +174,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         ) from error
 
 
-def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+def pairs(text: str) -> tuple[tuple[int, int], ...]:
     """Read 0:2,3:1 as (layer, head) pairs."""
     pairs = []
     for part in text.split(",") if text.strip() else ():

@@ -16,7 +16,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .clips { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem }
 figure { margin: 0 } video, img { width: 100%; border-radius: 6px; image-rendering: pixelated }
-table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto } caption { text-align: left; padding: .3rem 0 }
+table { border-collapse: collapse; width: 100%; display: block; overflow-x: auto }
+caption { text-align: left; padding: .3rem 0 }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
 th:first-child, td:first-child { text-align: left } tr.floor { background: var(--soft) }
 svg { width: 100%; height: auto } dl { display: grid; grid-template-columns: max-content 1fr;
