@@ -16,7 +16,8 @@ class AttentionCall:
 
     Attributes:
         query: [B, S, H, D], after QK-norm and RoPE.
-        key: [B, S_k, H, D]; S_k is S, or more when pooled or extra keys follow the sequence's own.
+        key: [B, S_k, H, D]; S_k is S for a method, or more when pooled or extra keys follow the
+            sequence's own; a plain mask without a token order takes any S_k.
         value: [B, S_k, H, D].
         grid: geometry of the sequence; grid.total == S.
         layer: index of the site in execution order.
@@ -64,7 +65,7 @@ class AttentionCall:
                 expected=f"{q.dtype} on {q.device}",
                 got=f"{k.dtype} on {k.device}, {v.dtype} on {v.device}",
             )
-        if q.shape[1] != self.grid.total or k.shape[1] < self.grid.total:
+        if q.shape[1] != self.grid.total or k.shape[1] < 1:
             raise UnsupportedCall(
                 "the sequence is not as long as its grid",
                 expected=f"{self.grid.total} tokens for {self.grid}",

@@ -5,6 +5,7 @@ import warnings
 import torch
 
 from dittools.call import AttentionCall
+from dittools.errors import UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.kernels import choose
 from dittools.kernels.auto import resolve
@@ -58,6 +59,13 @@ def attention(
         scale=scale,
         key_mask=key_mask,
     )
+    if key.shape[1] != query.shape[1]:
+        raise UnsupportedCall(
+            "a method needs the keys of the same sequence",
+            expected=f"{query.shape[1]} keys",
+            got=str(key.shape[1]),
+            remedy="block_sparse_attention takes any mask",
+        )
     runner = resolve(backend)
     reasons = chosen.not_supported(call)
     if reasons:
@@ -82,7 +90,7 @@ def block_sparse_attention(
 
     Args:
         query: [B, S, H, D].
-        key: [B, S_k, H, D], S_k >= S.
+        key: [B, S_k, H, D]; S_k may differ from S.
         value: as key.
         mask: blocks to compute.
         backend: a named one never falls back.

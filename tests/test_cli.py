@@ -92,6 +92,13 @@ def test_compare_writes_every_file_and_the_floors(
         (["--no-such-option"], "no-such-option"),
         (["--method", "radial", "--plan", "p.json"], "one of"),
         (["--dtype", "int3"], "bfloat16"),
+        (["--frames", "81"], "at most 64"),
+        (["--height", "2048"], "at most 512"),
+        (["--dense-steps", "nan"], "count"),
+        (["--device", "qqq"], "qqq"),
+        (["--seed", "99999999999999999999999"], "64 bits"),
+        (["--guidance", "nan"], "guidance"),
+        (["--prompt", ""], "no prompt"),
     ],
 )
 def test_bad_input_gets_one_line(

@@ -1,6 +1,7 @@
 """What every command shares: consoles, progress, and the reading of options."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def count_or_share(value: float | None) -> float | int | None:
     """Read 3 as three steps and .25 as a quarter of them."""
     if value is None or 0 < value < 1:
         return value
-    if value < 0 or value != int(value):
+    if not math.isfinite(value) or value < 0 or value != int(value):
         raise InputError(
             "--dense-steps is not usable", expected="a count, or a share below 1", got=str(value)
         )

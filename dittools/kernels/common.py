@@ -64,6 +64,8 @@ def misfit(call: AttentionCall, mask: BlockMask) -> list[str]:
     if order is not None:
         if order.tokens != q_len:
             reasons.append(f"token order covers {order.tokens} tokens, call has {q_len}")
+        if k_len < order.tokens:
+            reasons.append(f"token order covers {order.tokens} tokens, call has {k_len} keys")
         q_len, k_len = order.slots, k_len - order.tokens + order.slots
     for name, length, size, blocks in (
         ("query", q_len, mask.q_block, mask.keep.shape[1]),

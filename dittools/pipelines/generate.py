@@ -1,6 +1,7 @@
 """Run a pipeline once with fixed seed, and hand back frames and time."""
 
 import inspect
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -45,6 +46,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is not usable", expected="at least 1", got=str(value))
+        if not -(2**63) <= self.seed < 2**64:
+            raise InputError("seed is not usable", expected="64 bits", got=str(self.seed))
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InputError("guidance is not usable", expected="a number", got=str(self.guidance))
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as JSON types."""
@@ -71,6 +76,7 @@ def generate(pipe: Any, settings: Settings, progress: Progress | None = None) ->
     """
     arguments = call_arguments(pipe, settings)
     total = settings.steps or int(arguments.get("num_inference_steps", 0))
+    check_size(pipe, settings)
     accepted = inspect.signature(type(pipe).__call__).parameters
     if progress is not None and "callback_on_step_end" in accepted:
 
@@ -126,6 +132,26 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     arguments["generator"] = torch.Generator("cpu").manual_seed(settings.seed)
     arguments["output_type"] = "np"
     return arguments
+
+
+def check_size(pipe: Any, settings: Settings) -> None:
+    """Raise InputError when a clip has more places along an axis than the model has positions."""
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    most = getattr(config, "rope_max_seq_len", None)
+    if config is None or most is None:
+        return
+    in_time, in_space = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    limits = (
+        ("frames", (most * config.patch_size[0] - 1) * in_time + 1),
+        ("height", most * in_space * config.patch_size[1]),
+        ("width", most * in_space * config.patch_size[2]),
+    )
+    for name, limit in limits:
+        value = getattr(settings, name)
+        if value is not None and value > limit:
+            raise InputError(
+                f"{name} is too large for this model", expected=f"at most {limit}", got=str(value)
+            )
 
 
 def frames_argument(pipe: Any, frames: int) -> int:

@@ -33,6 +33,7 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype != "auto" and dtype not in dtypes:
         raise InputError("unknown dtype", expected=f"auto, {', '.join(dtypes)}", got=repr(dtype))
+    _check_device(device)
     if name == "demo":
         from dittools.pipelines.demo import load_demo
 
@@ -45,6 +46,18 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     if dtype != "auto":
         pipe = pipe.to(dtypes[dtype])
     return pipe.to(device)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).strip().splitlines()[0][:160]
+        raise InputError(
+            "device is not usable", expected="cpu, or a GPU that is there", got=f"{device}: {said}"
+        ) from error
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def run(request: Request, step: Step | None, note: Callable[[str], None]) -> Res
 def settings_of(request: Request) -> Settings:
     """Fill in the model's defaults for what a request leaves open."""
     settings = Settings(
-        prompt=request.prompt or "",
+        prompt=request.prompt if request.prompt is not None else "",
         negative_prompt=request.negative_prompt,
         seed=request.seed,
         steps=request.steps,
@@ -114,9 +114,7 @@ def settings_of(request: Request) -> Settings:
 
         if request.model.removeprefix("tiny/") in TINY:
             defaults = settings_for(request.model.removeprefix("tiny/"))
-    empty = {
-        name: value for name, value in defaults.items() if getattr(settings, name) in (None, "")
-    }
+    empty = {name: value for name, value in defaults.items() if getattr(request, name) is None}
     settings = replace(settings, **empty)
     if not settings.prompt:
         raise InputError("no prompt", remedy='--prompt "a red circle moving left"')

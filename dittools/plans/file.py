@@ -60,7 +60,7 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(
             f"{path} is not a plan", expected=f"format {FORMAT!r}", got=repr(content.get("format"))
         )
-    if content.get("version") != VERSION:
+    if content.get("version") != VERSION or content.get("version") is True:
         raise PlanError(
             f"{path} has another version",
             expected=f"version {VERSION}",
