@@ -123,10 +123,9 @@ def test_summary_keeps_the_largest_peak() -> None:
 def test_peak_memory_sees_what_was_freed() -> None:
     with PeakMemory() as none:
         pass
-    with PeakMemory() as some:
-        # fresh pages: an allocator may hand out memory that was in use before
-        with mmap.mmap(-1, 64 * 2**20) as block:
-            block.write(b"1" * 64 * 2**20)
+    # fresh pages: an allocator may hand out memory that was in use before
+    with PeakMemory() as some, mmap.mmap(-1, 64 * 2**20) as block:
+        block.write(b"1" * 64 * 2**20)
     if none.bytes is None or some.bytes is None:
         pytest.skip("this system cannot reset the peak of a process")
     assert some.bytes - none.bytes >= 60 * 2**20
