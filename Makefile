@@ -61,7 +61,7 @@ fmt: $(VENV)/.test  ## format and sort imports
 check: lint type test  ## what CI runs
 
 bench: $(VENV)/.core  ## CPU kernels against dense SDPA
-	@$(BIN) bench/kernels.py
+	@$(BIN) bench/kernels.py --head-dim 64,128
 
 bench-gpu: $(VENV)/.test  ## CUDA kernels against dense, FlexAttention and peers
 	@$(BIN) bench/gpu.py

@@ -466,7 +466,7 @@ def test_a_step_cache_runs_as_it_does_alone() -> None:
 
 
 def test_lora_comes_and_goes_while_attached() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: make test")
     pipe = tiny.build("wan")
     before = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
     arguments = {**tiny.call_arguments("wan"), "output_type": "latent", "num_inference_steps": 1}

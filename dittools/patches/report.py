@@ -31,7 +31,7 @@ class Report:
     """What an attachment did since it was made or reset.
 
     Attributes:
-        method: method names of the plan, densest knowledge first.
+        method: method names of the plan, in the order of its rules.
         preset: where the settings come from.
         family: model family, with the denoiser classes.
         schedule: dense_first_steps, dense_last_steps, dense_layers.
