@@ -256,7 +256,7 @@ def test_two_processes_give_the_plan_of_one(found: SearchResult, tmp_path: Path)
         "from pathlib import Path\n"
         "from dittools.pipelines import load\n"
         "from dittools.searching import Budget\n"
-        "from dittools.searching.store import finish\n"
+        "from dittools.pipelines.ranks import finish\n"
         f"dittools.search(load('tiny/wan'), Path({str(prompts)!r}), target_density=0.5,\n"
         f"    methods=['gna', 'sparse_vdit'], budget={BUDGET!r}, out=Path({str(tmp_path)!r})\n"
         f"    / 'plan.json', work=Path({str(tmp_path)!r}) / sys.argv[1], **{SIZE!r})\n"

@@ -121,8 +121,8 @@ def _search(
     as_json: bool,
 ) -> None:
     from dittools.commands.terminal import console, progress
+    from dittools.pipelines.ranks import finish, is_main
     from dittools.searching.api import search as run_search
-    from dittools.searching.store import finish, is_main
 
     with progress() as step:
         result = run_search(

@@ -151,7 +151,7 @@ def search(
         atlas_of(outcome.table, choice),
         outcome.solver.costs,
     )
-    from dittools.searching.store import is_main
+    from dittools.pipelines.ranks import is_main
 
     if target is not None and is_main():
         result.files.update(write(result, target))

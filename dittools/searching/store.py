@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from dittools.errors import InputError
 from dittools.pipelines.output import atomic
+from dittools.pipelines.ranks import place
 
 Result = dict[str, torch.Tensor]
 Report = Callable[[str, int, int], None]  # (what, units done, units in all)
@@ -43,7 +43,7 @@ class Store:
     def __init__(self, folder: Path | None, report: Report | None = None) -> None:
         """Find this process's place among the others."""
         self.folder, self._report = folder, report
-        self.rank, self.world = _place()
+        self.rank, self.world = place()
         self._known: dict[str, Result] = {}
         self.done = 0  # units this process really ran
 
@@ -123,29 +123,6 @@ class Store:
             dist.broadcast(body, source)
             if not mine and unit.key not in self._known:
                 self._save(unit.key, load(body.numpy().tobytes()))
-
-
-def _place() -> tuple[int, int]:
-    """Return rank and number of processes; joins the group `accelerate launch` describes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return 0, 1
-    from accelerate import PartialState  # type: ignore[import-untyped]
-
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return int(state.process_index), int(state.num_processes)
-
-
-def is_main() -> bool:
-    """Whether this process writes the results."""
-    return _place()[0] == 0
-
-
-def finish() -> None:
-    """Leave the process group, if there is one."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def fingerprint(*parts: Any) -> str:
