@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from dittools.commands.terminal import (
     pairs,
     progress,
 )
-from dittools.errors import DitToolsError
+from dittools.errors import DitToolsError, InputError
 
 app = typer.Typer(
     help="Training-free acceleration of diffusers image and video transformers.",
@@ -98,6 +99,12 @@ def generate(
     backend: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts, one a line: a clip each, resumable.")
+    ] = None,
+    per_prompt: Annotated[int, typer.Option(help="With --prompts: clips of each.")] = 1,
+    engine: Annotated[str, typer.Option(help="With --prompts: local or ray.")] = "local",
+    workers: Annotated[int | None, typer.Option(help="With --engine ray: actors.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("out/generate"),
     as_json: Json = False,
 ) -> None:
@@ -129,6 +136,9 @@ def generate(
         device=device,
         out=out,
     )
+    if prompts is not None:
+        _generate_many(request, prompts, per_prompt, engine, workers, as_json)
+        return
     with progress() as step:
         result = run(request, step, lambda note: errors.print(note, markup=False, highlight=False))
     if as_json:
@@ -178,6 +188,56 @@ def doctor(as_json: Json = False) -> None:
         console.print(table)
     if any(check.state == "broken" for check in checks):
         raise typer.Exit(1)
+
+
+def _generate_many(
+    request: Any, prompts: Path, per_prompt: int, engine: str, workers: int | None, as_json: bool
+) -> None:
+    from dittools.pipelines.batch_run import run_batch
+    from dittools.pipelines.ranks import finish, is_main
+
+    try:
+        with progress() as tell:
+            report = run_batch(
+                request, prompts, tell, per_prompt=per_prompt, engine=engine, workers=workers
+            )
+        if as_json and is_main():
+            sys.stdout.write(json.dumps(report) + "\n")
+    finally:
+        finish()
+    for failure in report["failures"]:
+        text = f"failed {failure['attempts']} times: {failure['file']}: {failure['error']}"
+        errors.print(text, markup=False, highlight=False)
+    if not as_json:
+        text = f"{report['done']} of {report['wanted']} clips are in {request.out}"
+        console.print(text, markup=False, highlight=False)
+    if report["failures"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def studio(
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's needs --auth.")
+    ] = "127.0.0.1",
+    share: Annotated[
+        bool, typer.Option("--share", help="Open a public link; needs --auth.")
+    ] = False,
+    auth: Annotated[str | None, typer.Option(help="Login, as user:password.")] = None,
+    runs: Annotated[Path, typer.Option(help="Folder of the history.")] = Path("out/studio"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Serve the studio: generate, compare, search and measure in the browser.
+
+    Example: dittools studio --port 7860
+    """
+    if find_spec("gradio") is None:
+        raise InputError("the studio needs gradio", remedy="pip install 'dittools[app]'")
+    from dittools.studio import StudioSettings, launch
+
+    launch(StudioSettings(runs, host, port, share, auth, device, dtype))
 
 
 def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool) -> None:

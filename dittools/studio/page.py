@@ -1,0 +1,104 @@
+"""The page around the tabs: model field, theme, and how it is served."""
+
+import os
+from importlib.resources import files
+from typing import Any
+
+import gradio as gr
+
+import dittools
+from dittools.pipelines.load import names
+from dittools.studio.context import Context
+from dittools.studio.engine import Engine
+from dittools.studio.runs import RunStore
+from dittools.studio.settings import StudioSettings
+from dittools.studio.tabs import TABS
+
+UPLOAD_LIMIT = "4mb"  # of one uploaded file: plans and prompt lists are text
+MOST_LISTENERS = 32  # handlers that may wait for the engine at once; the engine runs one job
+
+
+def build(settings: StudioSettings, engine: Engine | None = None) -> gr.Blocks:
+    """Return the studio's page, not yet served.
+
+    Args:
+        settings: how it is started.
+        engine: to run jobs on; None makes one.
+    Raises:
+        InputError: the run folder cannot be made.
+    """
+    runs = RunStore(settings.runs)
+    engine = engine or Engine(settings.device, settings.dtype)
+    with gr.Blocks(title="dittools studio", analytics_enabled=False, fill_width=True) as page:
+        with gr.Row(elem_id="dt-head"):
+            gr.HTML(_header(engine), elem_id="dt-brand")
+            model = gr.Dropdown(
+                [name for name in names() if name == "demo"],
+                value="demo",
+                label="Model",
+                info="demo, a local diffusers folder, or a hub id",
+                allow_custom_value=True,
+                elem_id="dt-model",
+                scale=0,
+                min_width=280,
+            )
+        context = Context(engine, runs, settings, model, gr.State(""))
+        with gr.Tabs(elem_id="dt-tabs"):
+            for name, tab in TABS:
+                with gr.Tab(name, id=name.lower()):
+                    tab(context)
+    page.queue(default_concurrency_limit=MOST_LISTENERS, max_size=4 * MOST_LISTENERS)
+    return page
+
+
+def launch(settings: StudioSettings, engine: Engine | None = None, **options: Any) -> gr.Blocks:
+    """Serve the studio and return its page; blocks unless `prevent_thread_lock=True` is given."""
+    # uploads and caches stay below the run folder, the only one that is served
+    page_runs = RunStore(settings.runs)
+    os.environ["GRADIO_TEMP_DIR"] = str(page_runs.root / ".uploads")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = build(settings, engine)
+    page.launch(
+        server_name=settings.host,
+        server_port=settings.port or None,
+        share=settings.share,
+        auth=settings.login(),
+        allowed_paths=[str(page_runs.root)],
+        max_file_size=UPLOAD_LIMIT,
+        theme=theme(),
+        css=_assets(".css"),
+        head=f"<script>{_assets('.js')}</script>",
+        footer_links=[],
+        ssr_mode=False,
+        **options,
+    )
+    return page
+
+
+def theme() -> gr.themes.Base:
+    """Return the one theme of the studio, light and dark; system fonts, nothing is downloaded."""
+    sans = ["ui-sans-serif", "system-ui", "sans-serif"]
+    mono = ["ui-monospace", "monospace"]
+    return gr.themes.Base(
+        primary_hue="teal",
+        secondary_hue="teal",
+        neutral_hue="slate",
+        radius_size="md",
+        font=sans,
+        font_mono=mono,
+    )
+
+
+def _header(engine: Engine) -> str:
+    return (
+        "<h1>dittools studio</h1>"
+        f"<p>Dense and accelerated, side by side. Version {dittools.__version__}, "
+        f"runs on {engine.device}.</p>"
+    )
+
+
+def _assets(suffix: str) -> str:
+    """Return all files of one kind in `assets`, by name, as one text."""
+    folder = files("dittools.studio") / "assets"
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(suffix)), key=lambda f: f.name)
+    return "\n".join(file.read_text(encoding="utf-8") for file in found)
