@@ -307,3 +307,23 @@ def _table(pipe: Any) -> Any:
         request.calibration, sites, candidates, facts, None
     )
     return merge(results, candidates, sites)
+
+
+def test_the_frontier_can_be_watched_while_it_grows(pipe: Any, found: SearchResult) -> None:
+    told: list[tuple[str, int, int]] = []
+    seen: list[tuple[str, Any]] = []
+    again = dittools.search(
+        pipe,
+        PROMPTS,
+        target_density=0.5,
+        progress=lambda *step: told.append(step),
+        watch=lambda name, value: seen.append((name, value)),
+        **GIVEN,
+    )
+    assert [name for name, _ in seen[:2]] == ["curve", "singles"]
+    assert seen[0][1] == again.frontier["predicted"]
+    trials = [value for name, value in seen if name == "trial"]
+    assert trials == again.frontier["trials"]
+    assert all(single["held_out"] is None for single in seen[1][1])
+    phases = list(dict.fromkeys(what for what, _, _ in told))
+    assert all(next(t for t in told if t[0] == phase)[1] == 0 for phase in phases)

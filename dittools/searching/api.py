@@ -13,6 +13,7 @@ from dittools.plans import Plan
 from dittools.searching import run as running
 from dittools.searching.cost import CostTable, save_costs
 from dittools.searching.frontier import atlas_of, frontier_of
+from dittools.searching.points import Watch
 from dittools.searching.report import page
 from dittools.searching.request import (
     DEFAULT_RANGES,
@@ -94,6 +95,7 @@ def search(
     out: str | Path | None = None,
     work: str | Path | None = None,
     progress: running.Report | None = None,
+    watch: Watch | None = None,
     **settings: Any,
 ) -> SearchResult:
     """Return the plan that meets one target on this model, verified on held-out prompts.
@@ -117,7 +119,9 @@ def search(
         out: plan file; frontier.json, report.html and cost.json are written beside it.
         work: folder in which finished units are kept, so that a killed search goes on; by default
             beside `out`, and nowhere without `out`.
-        progress: called with (what, units done, units in all).
+        progress: called with (what, units done, units in all), first with none done.
+        watch: called with (name, JSON value) for every part of the frontier as soon as it is known:
+            "curve", "singles" and each "trial", as in frontier.json.
         **settings: height, width, frames, steps, guidance, negative_prompt, seed.
     Raises:
         InputError: a target that cannot be reached says what can; wrong prompts or options.
@@ -141,7 +145,8 @@ def search(
         check_writable(target.parent)
     folder = Path(work) if work is not None else default_work(target)
     detach(pipe)
-    outcome = running.run(pipe, request, folder, backend, progress or (lambda *_: None))
+    told, seen = progress or (lambda *_: None), watch or (lambda *_: None)
+    outcome = running.run(pipe, request, folder, backend, told, seen)
     choice = outcome.verdict.chosen.solution.choice
     result = SearchResult(
         outcome.plan,

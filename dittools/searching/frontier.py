@@ -6,34 +6,17 @@ import torch
 
 from dittools.methods import to_params
 from dittools.searching.atlas import BANDS, band_shares, head_class
+from dittools.searching.points import curve_points, single_points, trial_point
 from dittools.searching.run import Outcome, versions
 from dittools.searching.table import Table
-from dittools.searching.verify import Trial
 
 FORMAT = "dittools-frontier"
-DENSITIES = tuple(i / 20 for i in range(2, 20))
 
 
 def frontier_of(outcome: Outcome) -> dict[str, Any]:
     """Return the frontier: predicted curve, verified plans, every single method; no times."""
     table, solver = outcome.table, outcome.solver
-    measured = dict(outcome.singles)
-    singles = []
-    for number, candidate in enumerate(table.candidates):
-        if number == 0:
-            continue
-        alone = solver.single(number)
-        score = measured.get(number)
-        singles.append(
-            {
-                "method": candidate.method.name,
-                "name": candidate.name,
-                "density": round(candidate.density, 6),
-                "computed": round(candidate.computed, 6),
-                "predicted_db": _db(outcome.predictor.psnr_db(alone.loss)),
-                "held_out": None if score is None else score.to_dict(),
-            }
-        )
+    singles = single_points(solver, outcome.predictor, dict(outcome.singles))
     return {
         "format": FORMAT,
         "version": 1,
@@ -45,12 +28,9 @@ def frontier_of(outcome: Outcome) -> dict[str, Any]:
         "settings": outcome.request.settings.to_dict(),
         "calibration": [s.prompt for s in outcome.request.calibration],
         "held_out": [s.prompt for s in outcome.request.held_out],
-        "chosen": _trial(outcome.verdict.chosen),
-        "trials": [_trial(trial) for trial in outcome.verdict.trials],
-        "predicted": [
-            {"density": round(s.density, 6), "psnr_db": _db(outcome.predictor.psnr_db(s.loss))}
-            for s in _curve(outcome)
-        ],
+        "chosen": trial_point(outcome.verdict.chosen),
+        "trials": [trial_point(trial) for trial in outcome.verdict.trials],
+        "predicted": curve_points(solver, outcome.predictor),
         "singles": singles,
         "weights": {
             "blend": outcome.blend,
@@ -66,13 +46,6 @@ def frontier_of(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _curve(outcome: Outcome) -> list[Any]:
-    """Return the solutions along the density axis, whatever the budget counts."""
-    from dataclasses import replace
-
-    return replace(outcome.solver, by_time=False).frontier(DENSITIES)
-
-
 def _model(outcome: Outcome) -> dict[str, Any]:
     facts = outcome.facts
     return {
@@ -83,15 +56,6 @@ def _model(outcome: Outcome) -> dict[str, Any]:
         "grid": list(facts.grid.shape),
         "text": facts.grid.text,
         "steps": facts.steps,
-    }
-
-
-def _trial(trial: Trial) -> dict[str, Any]:
-    return {
-        "budget": round(trial.budget, 6),
-        "predicted_density": round(trial.solution.density, 6),
-        "predicted_db": _db(trial.predicted_db),
-        **trial.score.to_dict(),
     }
 
 

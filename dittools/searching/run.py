@@ -15,6 +15,7 @@ from dittools.searching.allocate import Unreachable
 from dittools.searching.candidates import Candidate, candidates_for, without
 from dittools.searching.cost import CostTable, flops_table, measure_costs
 from dittools.searching.measure import Bench, Score, sites_for
+from dittools.searching.points import Watch, curve_points, single_points, trial_point
 from dittools.searching.request import Request
 from dittools.searching.scout import Facts, named_backend, scout
 from dittools.searching.solver import Predictor, Solution, Solver
@@ -137,7 +138,14 @@ def cost_table(
     return CostTable.from_dict(json.loads(found.numpy().tobytes()))
 
 
-def run(pipe: Any, request: Request, work: Path | None, backend: str, report: Report) -> Outcome:
+def run(
+    pipe: Any,
+    request: Request,
+    work: Path | None,
+    backend: str,
+    report: Report,
+    watch: Watch = lambda *_: None,
+) -> Outcome:
     """Return the outcome of a search; see `dittools.search`."""
     backend = named_backend(pipe, backend)
     store = Store(work_folder(pipe, work, backend), report)
@@ -168,7 +176,9 @@ def run(pipe: Any, request: Request, work: Path | None, backend: str, report: Re
         bench, table, choice, facts.model, request.calibration[:1], layers
     )
     solver, predictor, blend, tried = _best_blend(bench, first, sensitivity, request, start)
-    verdict = _verify(bench, solver, predictor, request, start)
+    watch("curve", curve_points(solver, predictor))
+    watch("singles", single_points(solver, predictor, {}))
+    verdict = _verify(bench, solver, predictor, request, start, watch)
     singles = _singles(bench, solver, verdict.chosen.solution.density, request)
     plan = _signed(verdict, request, costs, facts)
     return Outcome(
@@ -230,9 +240,21 @@ def _best_blend(
 
 
 def _verify(
-    bench: Bench, solver: Solver, predictor: Predictor, request: Request, start: float
+    bench: Bench,
+    solver: Solver,
+    predictor: Predictor,
+    request: Request,
+    start: float,
+    watch: Watch,
 ) -> Verdict:
-    verifier = Verifier(bench, solver, predictor, request.held_out, request.budget.rounds)
+    verifier = Verifier(
+        bench,
+        solver,
+        predictor,
+        request.held_out,
+        request.budget.rounds,
+        lambda trial: watch("trial", trial_point(trial)),
+    )
     if request.target == "psnr":
         return verifier.at_least(request.value)
     if request.target == "density":

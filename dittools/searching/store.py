@@ -37,7 +37,7 @@ class Store:
 
     Args:
         folder: where results are kept; None keeps them in memory only.
-        report: called after every unit.
+        report: called before the first unit and after every one.
     """
 
     def __init__(self, folder: Path | None, report: Report | None = None) -> None:
@@ -49,6 +49,8 @@ class Store:
 
     def run(self, what: str, units: Sequence[Unit]) -> list[Result]:
         """Return the results in the order of the units; all processes get all of them."""
+        if self._report is not None and self.rank == 0:
+            self._report(what, 0, len(units))
         for finished, unit in enumerate(units, start=1):
             if unit.owner % self.world == self.rank and self._load(unit.key) is None:
                 self._save(unit.key, unit.run())

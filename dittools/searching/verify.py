@@ -52,10 +52,11 @@ class Verifier:
         predictor: Predictor,
         settings: Sequence[Settings],
         rounds: int,
+        notice: Callable[[Trial], None] = lambda _: None,
     ) -> None:
-        """Keep what every trial needs."""
+        """Keep what every trial needs; `notice` is called after each."""
         self.bench, self.solver, self.predictor = bench, solver, predictor
-        self.settings, self.rounds = settings, rounds
+        self.settings, self.rounds, self.notice = settings, rounds, notice
         self.trials: list[Trial] = []
 
     def attempt(self, budget: float) -> Trial:
@@ -64,6 +65,7 @@ class Verifier:
         score = self.bench.score("verifying", solution.plan, self.settings)
         trial = Trial(budget, solution, self.predictor.psnr_db(solution.loss), score)
         self.trials.append(trial)
+        self.notice(trial)
         return trial
 
     def within(self, target: float, realised: Callable[[Trial], float], slack: float) -> Verdict:
