@@ -21,6 +21,7 @@ from dittools.pipelines.generate import Run, Settings, generate
 from dittools.plans import Plan, Rule, Schedule
 
 Step = Callable[[str, int, int], None]  # (what is running, steps done, steps in all)
+Made = Callable[[str, "Run"], None]  # ("dense" or "accelerated", its first run)
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All runs of one comparison; `to_dict` is what report.json holds."""
+    """All runs of one comparison; `to_dict` is what report.json holds. None: floor not measured."""
 
     settings: Settings
     method: str
     dense: Measured
     accelerated: Measured
-    other_seed: Measured
-    random_blocks: Measured
+    other_seed: Measured | None
+    random_blocks: Measured | None
     model: str
     prompt_score: dict[str, Any] | None
 
@@ -86,17 +87,22 @@ class Comparison:
             "speedup_bound": 1 / (1 - share),
             "density": fast.report["density"],
             "fidelity": fidelity(reference, fast.run.frames).to_dict(),
-            "floors": {
-                "other_seed": {
-                    "seed": self.settings.seed + 1,
-                    **fidelity(reference, self.other_seed.run.frames).to_dict(),
-                },
-                "random_blocks": {
-                    "density": self.random_blocks.report["density"],
-                    **fidelity(reference, self.random_blocks.run.frames).to_dict(),
-                },
-            },
+            "floors": self._floors(),
             "prompt_score": self.prompt_score,
+        }
+
+    def _floors(self) -> dict[str, Any]:
+        facts: dict[str, tuple[Measured | None, dict[str, Any]]] = {
+            "other_seed": (self.other_seed, {"seed": self.settings.seed + 1}),
+            "random_blocks": (self.random_blocks, {}),
+        }
+        if self.random_blocks is not None:
+            facts["random_blocks"][1]["density"] = self.random_blocks.report["density"]
+        reference = self.dense.run.frames
+        return {
+            name: {**fact, **fidelity(reference, floor.run.frames).to_dict()}
+            for name, (floor, fact) in facts.items()
+            if floor is not None
         }
 
 
@@ -110,6 +116,9 @@ def run_comparison(
     backend: str = "auto",
     options: dict[str, Any] | None = None,
     step: Step | None = None,
+    floors: bool = True,
+    made: Made | None = None,
+    compared: "Callable[[Comparison], None] | None" = None,
 ) -> Comparison:
     """Generate dense and accelerated in turn, then the two floors.
 
@@ -125,6 +134,9 @@ def run_comparison(
         backend: of the accelerated runs.
         options: further keywords of `attach`, e.g. dense_steps.
         step: called after every denoising step.
+        floors: whether to measure another seed and random blocks as well.
+        made: called with "dense", then "accelerated", and its first run as soon as that is there.
+        compared: called with the comparison before the floors are measured.
     Raises:
         InputError: repeats below 1.
     """
@@ -140,6 +152,8 @@ def run_comparison(
         with attach(pipe, target, **keywords) as handle:
             run = generate(pipe, use, progress)
             report = handle.report().to_dict()
+        if made is not None and what.endswith(" 1 of " + str(repeats)):
+            made(what.partition(" ")[0], run)
         return Measured(run, [run.seconds], [report["attention_ms"]], report)
 
     short = replace(settings, steps=min(settings.steps or 2, 2))
@@ -151,21 +165,18 @@ def run_comparison(
         dense_runs.append(measure(f"dense {label}", "dense", settings))
         fast_runs.append(measure(f"accelerated {label}", plan, settings, backend=backend, **extra))
     fast = _joined(fast_runs)
+    dense = _joined(dense_runs)
+    scores = _scores(model, settings.prompt, {"dense": dense, "accelerated": fast})
+    found = Comparison(settings, describe(plan), dense, fast, None, None, model, scores)
+    if not floors:
+        return found
+    if compared is not None:
+        compared(found)
     other = measure("other seed", "dense", replace(settings, seed=settings.seed + 1))
     # a named backend runs the blocks it is given, also where dense would be faster
     runner = next(iter(fast.report["backends"]), "auto")
     floor = measure("random blocks", _random_at(fast.report), settings, backend=runner)
-    clips = {"dense": _joined(dense_runs), "accelerated": fast}
-    return Comparison(
-        settings,
-        describe(plan),
-        clips["dense"],
-        fast,
-        other,
-        floor,
-        model,
-        _scores(model, settings.prompt, clips),
-    )
+    return replace(found, other_seed=other, random_blocks=floor)
 
 
 def environment() -> dict[str, Any]:

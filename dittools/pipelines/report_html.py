@@ -98,6 +98,8 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         ("floor: another seed", "other_seed"),
         ("floor: random blocks", "random_blocks"),
     ):
+        if key not in floors:
+            continue
         floor = floors[key]
         density = floor.get("density", 1.0)
         table.append((name, None, None, density, floor["psnr_db"], floor["ssim"]))
@@ -130,11 +132,10 @@ def _media(path: Path) -> str:
 
 def _plot(report: dict[str, Any]) -> str:
     """Return an inline SVG: one line for the result, one for each floor."""
-    lines = {
-        report["method"]: report["fidelity"]["frame_psnr_db"],
-        "another seed": report["floors"]["other_seed"]["frame_psnr_db"],
-        "random blocks": report["floors"]["random_blocks"]["frame_psnr_db"],
-    }
+    lines = {report["method"]: report["fidelity"]["frame_psnr_db"]}
+    for name, key in (("another seed", "other_seed"), ("random blocks", "random_blocks")):
+        if key in report["floors"]:
+            lines[name] = report["floors"][key]["frame_psnr_db"]
     top = max(10.0, *(min(v, 60.0) for values in lines.values() for v in values)) * 1.1
     width, height, left = 640, 220, 40
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="PSNR per frame">']
@@ -145,7 +146,7 @@ def _plot(report: dict[str, Any]) -> str:
             f'<text x="4" y="{y + 4:.1f}" font-size="12" fill="currentColor">{level}</text>'
         )
     taken: list[float] = []
-    for (name, values), colour in zip(lines.items(), ("#2a7", "#c73", "#57c"), strict=True):
+    for (name, values), colour in zip(lines.items(), ("#2a7", "#c73", "#57c"), strict=False):
         step = (width - left - 130) / max(1, len(values) - 1)
         places = [
             (left + i * step, height - 20 - (height - 40) * min(v, top) / top)

@@ -81,7 +81,7 @@ def run(request: Request, step: Step | None, note: Callable[[str], None]) -> Res
         DitToolsError: anything the user can mend, before long work starts wherever possible.
     """
     settings = settings_of(request)
-    target = _target(request)
+    target = target_of(request)
     check_writable(request.out)
     if request.model == "demo":
         check_words(settings.prompt, note)
@@ -136,7 +136,8 @@ def check_words(prompt: str, note: Callable[[str], None]) -> None:
         note(f"the demo model does not know: {', '.join(unknown)}. It knows: {known}")
 
 
-def _target(request: Request) -> str | Method | Plan:
+def target_of(request: Request) -> str | Method | Plan:
+    """Return what a request wants attached: a method's name, a configured method, or a plan."""
     if request.method is not None and request.plan is not None:
         raise InputError("both a method and a plan are given", remedy="one of --method and --plan")
     if request.plan is not None:
@@ -152,7 +153,8 @@ def _target(request: Request) -> str | Method | Plan:
     return name
 
 
-def _options(request: Request) -> dict[str, Any]:
+def attach_options(request: Request) -> dict[str, Any]:
+    """Return the schedule options a request sets."""
     wanted = {"dense_steps": request.dense_steps, "dense_layers": request.dense_layers}
     return {name: value for name, value in wanted.items() if value is not None}
 
@@ -164,7 +166,7 @@ def _once(
         if step is not None:
             step("generating", done, total)
 
-    with attach(pipe, target, backend=request.backend, **_options(request)) as handle:
+    with attach(pipe, target, backend=request.backend, **attach_options(request)) as handle:
         made = generate(pipe, settings, progress)
         attachment = handle.report()
     report = {
@@ -195,30 +197,36 @@ def _compare(
         model=request.model,
         repeats=request.repeats,
         backend=request.backend,
-        options=_options(request),
+        options=attach_options(request),
         step=step,
     )
+    return write_comparison(comparison, request.out)
+
+
+def write_comparison(comparison: Comparison, out: Path) -> Result:
+    """Write clips, contact sheet, report.json and report.html; return the report and the files."""
     report = comparison.to_dict()
-    files = _write_clips(comparison, request.out)
-    write_text(request.out / "report.json", json.dumps(report, indent=1))
+    files = _write_clips(comparison, out)
+    write_text(out / "report.json", json.dumps(report, indent=1))
     embedded = {"dense": files["dense"], report["method"]: files["accelerated"]}
-    write_text(request.out / "report.html", page(report, embedded))
-    files |= {"report": request.out / "report.json", "page": request.out / "report.html"}
+    write_text(out / "report.html", page(report, embedded))
+    files |= {"report": out / "report.json", "page": out / "report.html"}
     return Result(report, files)
 
 
 def _write_clips(comparison: Comparison, out: Path) -> dict[str, Path]:
-    clips = {
-        "dense": comparison.dense.run.frames,
-        comparison.method: comparison.accelerated.run.frames,
-        "another seed": comparison.other_seed.run.frames,
-        "random blocks": comparison.random_blocks.run.frames,
-    }
-    pair = side_by_side([comparison.dense.run.frames, comparison.accelerated.run.frames])
+    dense, fast = comparison.dense.run.frames, comparison.accelerated.run.frames
+    clips = {"dense": dense, comparison.method: fast}
+    for name, floor in (
+        ("another seed", comparison.other_seed),
+        ("random blocks", comparison.random_blocks),
+    ):
+        if floor is not None:
+            clips[name] = floor.run.frames
     return {
-        "dense": write_clip(out / "dense.mp4", comparison.dense.run.frames, FPS),
-        "accelerated": write_clip(out / "accelerated.mp4", comparison.accelerated.run.frames, FPS),
-        "side by side": write_clip(out / "side_by_side.mp4", pair, FPS),
+        "dense": write_clip(out / "dense.mp4", dense, FPS),
+        "accelerated": write_clip(out / "accelerated.mp4", fast, FPS),
+        "side by side": write_clip(out / "side_by_side.mp4", side_by_side([dense, fast]), FPS),
         "contact sheet": contact_sheet(
             out / "contact_sheet.png", comparison.settings.prompt, list(clips.items())
         ),
