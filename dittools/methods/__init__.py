@@ -7,6 +7,7 @@ from dittools.errors import UnknownMethod
 from dittools.methods.base import GridMethod, Method, Preset
 from dittools.methods.clear import Clear
 from dittools.methods.dense import Dense
+from dittools.methods.freeswim import FreeSwim
 from dittools.methods.gna import GNA
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import PARO
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Any]] = {
         PSA,
         SVG,
         Sparge,
+        FreeSwim,
         RandomBlocks,
         OracleTopK,
     )

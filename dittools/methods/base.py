@@ -133,18 +133,26 @@ def _placed(method: GridMethod, grid: TokenGrid, device: torch.device) -> BlockM
     return method.mask(grid).to(device)
 
 
-def attend_by_grid(method: GridMethod, call: AttentionCall, backend: Backend) -> torch.Tensor:
+def attend_by_grid(
+    method: GridMethod, call: AttentionCall, backend: Backend, *, exactly: bool = False
+) -> torch.Tensor:
     """Run a method whose mask depends on the grid alone; mask and device copy are cached."""
-    return attend_masked(call, backend, _placed(method, call.grid, call.query.device))
+    mask = _placed(method, call.grid, call.query.device)
+    return attend_masked(call, backend, mask, exactly=exactly)
 
 
-def attend_masked(call: AttentionCall, backend: Backend, mask: BlockMask) -> torch.Tensor:
+def attend_masked(
+    call: AttentionCall, backend: Backend, mask: BlockMask, *, exactly: bool = False
+) -> torch.Tensor:
     """Run one mask; dense when it keeps everything.
 
-    Going dense because it is faster is the caller's choice, made where it can be reported.
+    Going dense because it is faster is the caller's choice, made where it can be reported; with
+    `exactly` the mask changes the picture on purpose, and such a choice is not offered.
     """
     if mask.tiles is None and bool(mask.keep.all()):
         return backend.dense(call)
+    if exactly and backend.name == "auto":  # a call for the log-sum-exp is never traded for dense
+        return backend.block_sparse(call, mask, return_lse=True)[0]
     return backend.block_sparse(call, mask)
 
 

@@ -93,6 +93,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("svg", "hunyuan_video"): Published(
         {"density": 0.25, "sink": False}, 0.1, 1, _SVG + "HunyuanVideo"
     ),
+    ("freeswim", "wan"): Published(
+        {"native": (30, 52)}, 0, 0, "FreeSwim inference.py, window only, Wan2.1-1.3B 480x832"
+    ),
     ("vmoba", "wan"): Published(
         {"top_k": 0.25}, 0.25, 0, "arXiv:2506.23858, untrained Wan2.1-1.3B"
     ),
