@@ -7,7 +7,7 @@ WORKERS ?= 2
 OUT ?= out
 MINUTES ?= 600
 
-.PHONY: help demo scoreboard demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
+.PHONY: help test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -30,10 +30,10 @@ demo: $(VENV)/.core  ## dense and accelerated clip of the embedded model, with a
 	@$(BIN) -m dittools generate --model demo --compare --out $(OUT)/demo
 
 test: $(VENV)/.test  ## the whole CPU suite
-	@$(BIN) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not gpu and not oracle and not browser"
+	@$(BIN) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not gpu and not oracle and not browser and not ray"
 
 test-slow: $(VENV)/.test  ## tests that take minutes
-	@$(BIN) -m pytest -n $(WORKERS) -m "slow and not gpu and not oracle and not browser"
+	@$(BIN) -m pytest -n $(WORKERS) -m "slow and not gpu and not oracle and not browser and not ray"
 
 test-gpu: $(VENV)/.test  ## the kernel and attach tests on a CUDA device
 	@$(BIN) -m pytest -m gpu
@@ -46,6 +46,13 @@ $(VENV)/.oracles: $(VENV)/.test
 
 test-oracles: $(VENV)/.oracles  ## comparison with other packages' implementations
 	@$(BIN) -m pytest -m oracle
+
+$(VENV)/.ray: $(VENV)/.test
+	@$(PIP) install -q -c constraints.txt -e ".[ray]"
+	@touch $@
+
+test-ray: $(VENV)/.ray  ## prompt lists on a local Ray cluster
+	@$(BIN) -m pytest -m ray
 
 lint: $(VENV)/.test  ## ruff
 	@$(BIN) -m ruff check .

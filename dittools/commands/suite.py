@@ -3,22 +3,24 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dittools.errors import InputError
-from dittools.patches import attach
-from dittools.pipelines import load
+from dittools.pipelines.batch import (
+    Batch,
+    Job,
+    Tell,
+    jobs,
+    make_share,
+    mark_of,
+    read_prompts,
+    write_index,
+)
+from dittools.pipelines.batch_run import Maker
 from dittools.pipelines.demo import DEMO_DEFAULTS
-from dittools.pipelines.generate import Settings, generate
-from dittools.pipelines.output import write_clip, write_text
-from dittools.pipelines.session import DEFAULT_METHOD, FPS, Request, settings_of
-from dittools.plans import Plan
-
-Tell = Callable[[str, int, int], None]  # (what, done, total)
-LONGEST_NAME = 180  # characters of a prompt kept in a file name
+from dittools.pipelines.output import write_text
+from dittools.pipelines.session import FPS, Request, settings_of, target_of
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,6 @@ class Suite:
     out: Path
 
 
-@dataclass(frozen=True)
-class Job:
-    """One clip to make."""
-
-    prompt: str
-    seed: int
-    path: Path
-
-
 def make_clips(suite: Suite, part: str, processes: int, tell: Tell) -> None:
     """Make the clips of a suite that are not there yet.
 
@@ -59,26 +52,37 @@ def make_clips(suite: Suite, part: str, processes: int, tell: Tell) -> None:
     Raises:
         InputError: bad options, or a process failed; finished clips stay.
     """
-    todo = jobs(suite.prompts, suite.per_prompt, suite.seed, suite.out)
-    mine = shard(todo, part)
-    write_index(todo, suite.out)
+    wanted = jobs(suite.prompts, suite.per_prompt, suite.seed, suite.out)
+    mine = shard(wanted, part)
     if processes > 1:
+        write_index(wanted, suite.out)
         _spawn(suite, processes)
         return
-    request = Request(
+    request = _request(suite)
+    settings, target = settings_of(request), target_of(request)
+    batch = Batch(wanted, suite.out, mark_of(target, settings, model=suite.model), FPS)
+    write_index(wanted, suite.out)
+    failures = make_share(batch, mine, Maker(request), tell)
+    if failures:
+        raise InputError(
+            f"{len(failures)} of {len(mine)} clips failed: {failures[0]['error']}",
+            remedy="run again: finished clips are kept",
+        )
+
+
+def _request(suite: Suite) -> Request:
+    return Request(
         model=suite.model,
         prompt=suite.prompts[0],
+        method=suite.method,
+        plan=suite.plan,
         steps=suite.steps,
         frames=suite.frames,
         height=suite.height,
         width=suite.width,
         device=suite.device,
+        out=suite.out,
     )
-    settings, target = settings_of(request), _target(suite)
-    pipe = load(suite.model, device=suite.device)
-    pipe.set_progress_bar_config(disable=True)
-    for _ in generate_jobs(pipe, mine, settings, target, tell):
-        pass
 
 
 def prompt_list(path: Path | None, prompt: str | None, model: str) -> list[str]:
@@ -96,52 +100,6 @@ def prompt_list(path: Path | None, prompt: str | None, model: str) -> list[str]:
     raise InputError("no prompt to run", remedy="--prompts FILE or --prompt TEXT")
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a text file, one a line, or of VBench's own JSON list.
-
-    Raises:
-        InputError: the file cannot be read or holds no prompt.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            lines = [row["prompt_en"] if isinstance(row, dict) else row for row in json.loads(text)]
-        else:
-            lines = text.splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(
-            f"cannot read prompts from {path}",
-            expected="one prompt a line, or a JSON list of texts or of {'prompt_en': text}",
-            got=type(error).__name__,
-        ) from error
-    if not prompts:
-        raise InputError(f"{path} holds no prompt")
-    return list(dict.fromkeys(prompts))
-
-
-def jobs(prompts: list[str], per_prompt: int, seed: int, out: Path) -> list[Job]:
-    """Return the clips of a suite, named "prompt-0.mp4", "prompt-1.mp4" ... as VBench wants them.
-
-    Raises:
-        InputError: two prompts lead to one file name, or fewer than one clip is wanted.
-    """
-    if per_prompt < 1:
-        raise InputError("clips per prompt", expected="at least 1", got=str(per_prompt))
-    found: dict[Path, Job] = {}
-    for prompt in prompts:
-        stem = "".join(" " if c in '/\\:*?"<>|\0' else c for c in prompt)[:LONGEST_NAME].strip(" .")
-        for index in range(per_prompt):
-            job = Job(prompt, seed + index, out / f"{stem}-{index}.mp4")
-            if job.path in found:
-                raise InputError(
-                    "two prompts lead to one file name",
-                    got=f"{found[job.path].prompt!r} and {prompt!r}",
-                )
-            found[job.path] = job
-    return list(found.values())
-
-
 def shard(all_jobs: list[Job], text: str) -> list[Job]:
     """Return the part "I/N" of some jobs, I from 0.
 
@@ -152,32 +110,6 @@ def shard(all_jobs: list[Job], text: str) -> list[Job]:
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise InputError("--shard is not usable", expected="I/N, I from 0 to N - 1", got=repr(text))
     return all_jobs[int(index) :: int(count)]
-
-
-def generate_jobs(
-    pipe: Any,
-    todo: list[Job],
-    settings: Settings,
-    target: Any,
-    tell: Tell,
-) -> Iterator[Path]:
-    """Make the clips that are not there yet and yield each path once it is complete.
-
-    A clip takes its name only when it is whole, so that an interrupted suite goes on where it was.
-    """
-    missing = [job for job in todo if not _done(job.path)]
-    tell("clips", len(todo) - len(missing), len(todo))
-    with attach(pipe, target):
-        for number, job in enumerate(missing):
-            run = generate(pipe, replace(settings, prompt=job.prompt, seed=job.seed))
-            yield write_clip(job.path, run.frames, FPS)
-            tell("clips", len(todo) - len(missing) + number + 1, len(todo))
-
-
-def write_index(todo: list[Job], out: Path) -> None:
-    """Write prompts.json: file name -> prompt, of every clip of the suite."""
-    names = {job.path.name: job.prompt for job in todo}
-    write_text(out / "prompts.json", json.dumps(names, indent=1, ensure_ascii=False))
 
 
 def known_prompts(folder: Path) -> dict[str, str]:
@@ -197,12 +129,6 @@ def known_prompts(folder: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read the prompts of {folder}", got=str(error)) from error
     return {}
-
-
-def _target(suite: Suite) -> str | Plan:
-    if suite.plan is not None and suite.method is not None:
-        raise InputError("both a method and a plan are given", remedy="one of --method and --plan")
-    return Plan.load(suite.plan) if suite.plan is not None else suite.method or DEFAULT_METHOD
 
 
 def _spawn(suite: Suite, processes: int) -> None:
@@ -236,7 +162,3 @@ def _spawn(suite: Suite, processes: int) -> None:
             f"process {', '.join(failed)} of {processes} failed",
             remedy="run again: finished clips are kept",
         )
-
-
-def _done(path: Path) -> bool:
-    return path.exists() or path.with_suffix(".png").exists()
