@@ -1,13 +1,24 @@
 """Rectified sparse attention: the numeric oracle, its exactness cases, the Hilbert neighbours."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
+from dittools.kernels.auto import AutoBackend
 from dittools.kernels.reference import ReferenceBackend
+from dittools.methods import build, preset
 from dittools.methods.curves import block_order, gilbert, neighbour_blocks
-from dittools.methods.rectified import Rectified, _rank, rectified_blocks
+from dittools.methods.rectified import (
+    Rectified,
+    _rank,
+    first_frame_blocks,
+    rectified_blocks,
+)
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
 
 BACKEND = ReferenceBackend()
 PLAIN = {"neighbours": False, "curve": "raster"}
@@ -163,6 +174,51 @@ def test_neighbours_are_those_of_the_authors_curve(
     assert torch.equal(near, near.t())
     assert float(counts.float().mean()) == pytest.approx(mean, abs=5e-4)
     assert (int(counts.min()), int(counts.max())) == (least, most)
+
+
+def test_the_first_frame_of_wan_is_kept_in_the_authors_number_of_blocks() -> None:
+    assert first_frame_blocks(TokenGrid(21, 45, 80), 128) == 28
+    assert first_frame_blocks(TokenGrid(7, 2, 2), 128) == 0  # a frame is less than a block
+    grid = TokenGrid(4, 8, 9)
+    call, order = random_call(grid), block_order(grid, 16)
+    free, held = (
+        rectified_blocks(
+            call, Rectified(block_size=16, neighbours=False, first_frame=f), order
+        ).kept
+        for f in (False, True)
+    )
+    assert not bool(free[:, :4, :4].all())
+    assert bool(held[:, :4, :4].all())
+    outside = torch.ones_like(free)
+    outside[:, :4, :4] = False
+    assert torch.equal(free & outside, held & outside)
+    for family in ("wan", "wan22"):
+        assert preset("rectified", family).method.first_frame is True
+    assert preset("rectified", "hunyuan_video").method.first_frame is False
+
+
+@pytest.mark.parametrize("auto", [False, True], ids=["reference", "auto"])
+@pytest.mark.parametrize("name", ["rectified", "psa", "svg2", "clear"])
+def test_where_dense_is_faster_the_result_is_dense_and_not_a_mixture(
+    name: str, auto: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = {
+        "rectified": {"block_size": 16, "neighbours": False},
+        "psa": {"block_size": 16},
+        "svg2": {"mass": 0.4, "least_queries": 12, "least_keys": 12, "block_size": 16},
+        "clear": {"radius": 2, "down_factor": 2, "block_size": 16},
+    }
+    grid = TokenGrid(1, 8, 8)
+    call, method = random_call(grid), build(name, params[name])
+    backend = AutoBackend() if auto else BACKEND
+    meter = Meter(backend, call, lambda: backend.dense(call), Stopwatch())
+    if auto:
+        monkeypatch.setattr("dittools.kernels.cpu.CpuBackend.prefers_dense", lambda *_: True)
+    out = method.attend(call, meter)
+    exact = method.attend(replace(call, memory={}), BACKEND)
+    expected = BACKEND.dense(call) if auto and name != "clear" else exact
+    torch.testing.assert_close(out, expected, atol=3e-6, rtol=1e-5)
+    assert not torch.allclose(exact, BACKEND.dense(call), atol=1e-3)
 
 
 def test_large_logits_in_half_precision_stay_finite() -> None:

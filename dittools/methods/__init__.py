@@ -20,6 +20,7 @@ from dittools.methods.sparge import Sparge
 from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.methods.sta import STA
 from dittools.methods.svg import SVG
+from dittools.methods.svg2 import SVG2
 from dittools.methods.vmoba import VMoBA
 
 METHODS: dict[str, type[Any]] = {
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Any]] = {
         Rectified,
         PSA,
         SVG,
+        SVG2,
         Sparge,
         FreeSwim,
         RandomBlocks,

@@ -156,6 +156,17 @@ def attend_masked(
     return backend.block_sparse(call, mask)
 
 
+def attend_exactly(made: AttentionCall, backend: Backend, mask: BlockMask) -> torch.Tensor | None:
+    """Run a mask over a call that a method made of another; None where dense attention is faster.
+
+    Asking for the log-sum-exp tells a backend that dense attention cannot stand in for the mask:
+    `made` holds other keys, or the result is corrected afterwards.
+    """
+    if backend.prefers_dense(made, mask):
+        return None
+    return backend.block_sparse(made, mask, return_lse=True)[0]
+
+
 def attend_per_item(
     call: AttentionCall, run: Callable[[AttentionCall], torch.Tensor]
 ) -> torch.Tensor:

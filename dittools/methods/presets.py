@@ -74,8 +74,12 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("paro", "wan"): Published({"density": 0.5}, 0, 0, _PARO + "Wan2.1-14B 720p"),
     ("paro", "flux"): Published({"density": 0.5}, 0, 0, _PARO + "FLUX.1-dev at 1024"),
     ("rectified", "hunyuan_video"): Published({"density": 0.2}, 0, 0, _RECT + "HunyuanVideo 720p"),
-    ("rectified", "wan"): Published({"density": 0.25}, 5, 2, _RECT + "Wan2.1 T2V 14B 720p"),
-    ("rectified", "wan22"): Published({"density": 0.15}, 3, 2, _RECT + "Wan2.2 T2V A14B 720p"),
+    ("rectified", "wan"): Published(
+        {"density": 0.25, "first_frame": True}, 5, 2, _RECT + "Wan2.1 T2V 14B 720p"
+    ),
+    ("rectified", "wan22"): Published(
+        {"density": 0.15, "first_frame": True}, 3, 2, _RECT + "Wan2.2 T2V A14B 720p"
+    ),
     ("rectified", "cogvideox15"): Published({"density": 0.15}, 5, 0, _RECT + "CogVideoX1.5 T2V"),
     ("rectified", "flux"): Published({"density": 0.1}, 0, 0, _RECT + "FLUX.1-dev 4096, all layers"),
     ("psa", "wan"): Published({"ends": (0.4, 0.5, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.1 14B"),
@@ -96,6 +100,11 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("freeswim", "wan"): Published(
         {"native": (30, 52)}, 0, 0, "FreeSwim inference.py, window only, Wan2.1-1.3B 480x832"
     ),
+    ("svg2", "wan"): Published({"q_clusters": 300, "mass": 0.9}, 0.2, 1, _SVG + "Wan2.1 720p"),
+    ("svg2", "hunyuan_video"): Published(
+        {"q_clusters": 400, "mass": 0.9}, 0.1, 1, _SVG + "HunyuanVideo 720p"
+    ),
+    ("svg2", "cosmos"): Published({"q_clusters": 400, "mass": 0.9}, 0.3, 1, _SVG + "Cosmos 14B"),
     ("vmoba", "wan"): Published(
         {"top_k": 0.25}, 0.25, 0, "arXiv:2506.23858, untrained Wan2.1-1.3B"
     ),

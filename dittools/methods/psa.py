@@ -16,7 +16,7 @@ from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
-from dittools.methods.base import attend_per_item, bad_param, check_params, param
+from dittools.methods.base import attend_exactly, attend_per_item, bad_param, check_params, param
 from dittools.methods.curves import block_order
 from dittools.order import TokenOrder
 
@@ -213,7 +213,8 @@ def attend_levels(
         key_bias=torch.cat(biases, dim=2),
     )
     mask = _level_mask(levels, grid, order, block_size, int(extended.key.shape[1]))
-    return backend.block_sparse(extended, mask)
+    out = attend_exactly(extended, backend, mask)
+    return backend.dense(call) if out is None else out
 
 
 def _own_bias(call: AttentionCall) -> torch.Tensor:

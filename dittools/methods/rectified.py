@@ -5,7 +5,7 @@ block a probability (text keys one by one, visual ones times the tokens they sta
 are attended exactly and scaled by the mass that is not compensated; dropped blocks whose estimated
 gain beats the estimated pooling error are added as probability times mean value. Differences:
 ragged last blocks use true counts; the authors' int((1 - drop) * blocks) loses one block to
-rounding at 0.8; the extra first-frame blocks of their Wan scripts are left out.
+rounding at 0.8.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
-from dittools.methods.base import attend_per_item, check_params, param
+from dittools.methods.base import attend_exactly, attend_per_item, check_params, param
 from dittools.methods.curves import block_order, neighbour_blocks
 from dittools.methods.selection import block_sizes, keep_top, mass_counts, slot_means
 from dittools.order import TokenOrder
@@ -34,6 +34,10 @@ class Rectified:
     )
     block_size: int = param(128, "the tokens per block", least=1, most=1024)
     neighbours: bool = param(True, "whether blocks that touch in space or time are always kept")
+    first_frame: bool = param(
+        False,
+        "whether the first blocks, as many as one frame fills, always see each other, as for Wan",
+    )
     compensate: bool = param(True, "whether dropped blocks are added by their mean value")
     text_ranks: bool = param(
         True,
@@ -59,7 +63,9 @@ class Rectified:
         chosen = rectified_blocks(call, self, order)
         if bool(chosen.kept.all()):
             return backend.dense(call)
-        out = backend.block_sparse(call, _mask(call.grid, self, chosen.kept, order))
+        out = attend_exactly(call, backend, _mask(call.grid, self, chosen.kept, order))
+        if out is None:
+            return backend.dense(call)
         values = slot_means(order.apply(call.value), call.grid.tokens, self.block_size)
         added = (chosen.probability * chosen.compensated) @ values  # [H, blocks, D]
         video = slice(call.grid.text_before, call.grid.text_before + call.grid.tokens)
@@ -108,6 +114,9 @@ def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) 
     kept = _rank(probability, text, method)
     if method.neighbours:
         kept = kept | neighbour_blocks(grid, size, method.curve).to(kept.device)
+    if method.first_frame:
+        first = first_frame_blocks(grid, size)
+        kept[:, :first, :first] = True
     compensated = torch.zeros_like(kept)
     if method.compensate:
         spread_q = _deviation(query, q, grid, size)
@@ -116,6 +125,11 @@ def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) 
         compensated = ~kept & (raw.abs() > error)
     factor = 1 - (probability * compensated).sum(-1)
     return Rectification(probability, text, kept, compensated, factor)
+
+
+def first_frame_blocks(grid: TokenGrid, block_size: int) -> int:
+    """Return the whole blocks per frame, 28 for Wan 720p: the authors' count, which rounds down."""
+    return -(-grid.tokens // block_size) // grid.frames
 
 
 def _rank(probability: torch.Tensor, text: torch.Tensor, method: Rectified) -> torch.Tensor:

@@ -71,8 +71,13 @@ class Meter:
     def block_sparse(
         self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Run the mask; under "auto" dense instead where that is faster and no LSE is wanted."""
-        if not return_lse and self.prefers_dense(call, mask):
+        """Run the mask; under "auto" dense instead where that is faster.
+
+        Not where a log-sum-exp is wanted, which methods use that correct the result, and not over
+        keys besides the sequence's own, which dense attention would count twice.
+        """
+        own_keys = call.key.shape[1] == call.query.shape[1]
+        if own_keys and not return_lse and self.prefers_dense(call, mask):
             return self.dense(call)
         chosen = choose("auto", call, mask) if self.name == "auto" else self._backend
         self.used.add(chosen.name)
