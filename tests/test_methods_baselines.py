@@ -1,5 +1,7 @@
 """The baselines: SVG's two kinds of heads, SpargeAttn's selection, the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -57,6 +59,49 @@ def test_svg_runs_the_bands_it_tested(text: tuple[int, int]) -> None:
         )
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         torch.testing.assert_close(out[:, :, head], expected[:, 0], atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_svg_keeps_the_density_asked_for_in_both_orders(block_size: int, sink: bool) -> None:
+    grid = TokenGrid(12, 12, 12)
+    spatial, temporal = SVG(density=0.3, sink=sink, block_size=block_size).masks(grid)
+    assert torch.equal(spatial.keep, temporal.keep)  # one band, run in two orders
+    step = 2 / grid.blocks(block_size)  # the next wider band keeps so much more at most
+    assert spatial.density == pytest.approx(0.3, abs=step / 2 + 0.01)
+    first = -(-grid.tokens_per_frame // block_size)
+    assert bool(spatial.keep[:, :, :first].all()) == sink
+    assert not bool(spatial.keep.all())
+    token = temporal.order.index[0, :24]  # twelve frames of one place, then of the next
+    assert token.tolist() == [144 * f for f in range(12)] + [144 * f + 1 for f in range(12)]
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(6, 7, 8, 5, 6), TokenGrid(12, 6, 5)], ids=str)
+@pytest.mark.parametrize("rows", [64, 1000])
+def test_svg_takes_the_band_with_the_smaller_error_on_its_sampled_rows(
+    grid: TokenGrid, rows: int
+) -> None:
+    call = random_call(grid, heads=6)
+    call = replace(call, query=call.query * 2)
+    method = SVG(density=0.3, block_size=16, rows=rows)
+    count = min(rows, grid.tokens)
+    picked = [grid.text_before + (2 * i + 1) * grid.tokens // (2 * count) for i in range(count)]
+    assert len(set(picked)) == count
+    dense = BACKEND.dense(call)[:, picked]
+    errors = [
+        (BACKEND.block_sparse(call, mask)[:, picked] - dense).square().mean((0, 1, 3))
+        for mask in method.masks(grid)
+    ]
+    wanted = errors[1] < errors[0]
+    assert 0 < int(wanted.sum()) < 6
+    assert torch.equal(method.temporal_heads(call), wanted)
+    kept = torch.ones((1, grid.total), dtype=torch.bool)
+    if grid.text_after:  # padded text keys take no part in the decision
+        kept[:, -3:] = False
+        value = call.value.clone()
+        value[:, -3:] = 1e3
+        masked = [replace(call, value=v, key_mask=kept) for v in (value, call.value)]
+        assert torch.equal(*(method.temporal_heads(part) for part in masked))
 
 
 def test_self_similarity_is_the_mean_of_all_pairwise_cosines() -> None:

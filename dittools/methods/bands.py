@@ -57,9 +57,10 @@ def band_mask(
         density: share of blocks to keep.
         block_size: tokens.
         by_position: band in position order: every frame pair, same and near positions.
-        sink: every query also sees the first frame.
+        sink: every query also sees the first frame; in position order the first slots, as many as
+            a frame holds, which is what the authors' one mask for both orders means.
     """
-    forced = _forced(grid, block_size, sink, by_position)
+    forced = _forced(grid, block_size, sink)
     row = torch.arange(len(forced))
     apart = (row[:, None] - row).abs()
     counts = torch.bincount(apart[~forced], minlength=len(forced)).cumsum(0) + forced.sum()
@@ -80,7 +81,7 @@ def stripe_mask(
         stripes: columns as shares of the grid's tokens, the most important first; evenly spaced
             columns when empty.
     """
-    forced = _forced(grid, block_size, True, False)
+    forced = _forced(grid, block_size, True)
     blocks, video = len(forced), -(-grid.tokens // block_size)
     keep = forced | torch.eye(blocks, dtype=torch.bool)
     free = (~forced.all(0)).nonzero().flatten()
@@ -97,17 +98,14 @@ def stripe_mask(
     return _mask(grid, keep, block_size, False)
 
 
-def _forced(grid: TokenGrid, block_size: int, sink: bool, by_position: bool) -> torch.Tensor:
-    """Return bool [blocks, blocks]: text rows and columns, and the first frame's columns."""
+def _forced(grid: TokenGrid, block_size: int, sink: bool) -> torch.Tensor:
+    """Return bool [blocks, blocks]: text rows and columns, and a first frame's worth of columns."""
     blocks = grid.blocks(block_size)
     forced = torch.zeros((blocks, blocks), dtype=torch.bool)
     if grid.text:
         forced[grid.tokens // block_size :] = True
         forced[:, grid.tokens // block_size :] = True
-    if sink and by_position:
-        first = torch.arange(grid.tokens_per_frame) * grid.frames // block_size
-        forced[:, first] = True
-    elif sink:
+    if sink:
         forced[:, : -(-grid.tokens_per_frame // block_size)] = True
     return forced
 

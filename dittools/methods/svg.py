@@ -26,7 +26,9 @@ class SVG:
     name: ClassVar[str] = "svg"
     density: float = param(0.3, "the share of blocks each band keeps", above=0.0, most=1.0)
     rows: int = param(64, "the queries tried under both bands", least=1)
-    sink: bool = param(True, "whether every query also sees the first frame")
+    sink: bool = param(
+        True, "whether every query also sees the first slots of the order, as many as a frame has"
+    )
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
 
     def __post_init__(self) -> None:
