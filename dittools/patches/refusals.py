@@ -12,6 +12,10 @@ UNKNOWN_LENGTH = (
     "the length of the run is unknown, so shares of it and last steps cannot be told: "
     "attach to the pipeline, or count dense steps from the first in whole numbers"
 )
+UNKNOWN_BRANCH = (
+    "the guidance branch of a call is not known (both run as one batch, or there is no guidance), "
+    "so rules for one branch are left out"
+)
 
 
 def refusal(call: SeamCall) -> str:

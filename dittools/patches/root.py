@@ -13,7 +13,14 @@ from dittools.grid import TokenGrid
 from dittools.patches.adapters import Family, Layout
 from dittools.patches.masks import KeyMask, key_mask
 from dittools.patches.meter import DENSE_IS_FASTER, Meter
-from dittools.patches.refusals import KEEPS_ALL, NOT_FINITE, UNKNOWN_LENGTH, is_finite, refusal
+from dittools.patches.refusals import (
+    KEEPS_ALL,
+    NOT_FINITE,
+    UNKNOWN_BRANCH,
+    UNKNOWN_LENGTH,
+    is_finite,
+    refusal,
+)
 from dittools.patches.runtime import Moment, Runtime, Tally
 from dittools.patches.sites import SeamCall, Site
 from dittools.plans.plan import HeadRule
@@ -107,9 +114,11 @@ class Root:
         """
         runtime = self.runtime
         heads = call.query.shape[1 if call.heads_first else 2]
-        rules = runtime.rules(site, moment.step, moment.steps, heads)
+        rules = runtime.rules(site, moment.step, moment.steps, heads, moment.branch)
         if moment.steps == 0 and runtime.plan.needs_steps:
             tally.fallbacks[UNKNOWN_LENGTH] += 1
+        if runtime.plan.needs_branch and moment.branch not in ("cond", "uncond"):
+            tally.fallbacks[UNKNOWN_BRANCH] += 1
         if all(method.name == "dense" for _, method in rules):
             tally.dense += len(grids)
             return call.dense()

@@ -59,7 +59,7 @@ class Runtime:
         self.check_finite = check_finite
         self.clock = StepClock(pipe)
         self.memory: dict[tuple[str, str, int], tuple[Any, dict[str, Any]]] = {}
-        self._rules: dict[tuple[str, int, int, int], list[HeadRule]] = {}
+        self._rules: dict[tuple[str, int, int, int, str], list[HeadRule]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -78,13 +78,18 @@ class Runtime:
         """Return the counts of a site."""
         return self.tallies.setdefault(site.name, Tally())
 
-    def rules(self, site: Site, step: int, steps: int, heads: int) -> list[HeadRule]:
-        """Return what the plan says, worked out once per site and step."""
-        key = (site.name, step, steps, heads)
+    def rules(
+        self, site: Site, step: int, steps: int, heads: int, branch: str = ""
+    ) -> list[HeadRule]:
+        """Return what the plan says, worked out once per site, step and branch."""
+        branch = branch if self.plan.needs_branch else ""
+        key = (site.name, step, steps, heads, branch)
         if key not in self._rules:
             if len(self._rules) > 65536:
                 self._rules.clear()
-            self._rules[key] = self.plan.rules_for(site.layer, site.name, step, steps, heads)
+            self._rules[key] = self.plan.rules_for(
+                site.layer, site.name, step, steps, heads, branch
+            )
         return self._rules[key]
 
     def recall(self, key: tuple[str, str, int], shapes: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ VERSION = 1
 _KEYS = ("format", "version", "model", "schedule", "rules", "tensors", "provenance", "measured")
 _MODEL = ("class", "layers", "heads", "head_dim")
 _SCHEDULE = ("dense_first_steps", "dense_last_steps", "dense_layers")
-_RULE = ("layers", "heads", "steps", "method", "params")
+_RULE = ("layers", "heads", "steps", "branch", "method", "params")
 _TENSORS = ("file", "sha256")
 _REBUILD = "make the plan again, or copy it whole"
 
@@ -156,6 +156,8 @@ def _rule_out(number: int, rule: Rule, tensors: dict[str, torch.Tensor]) -> dict
             params[name] = value
     choice = {name: getattr(rule, name) for name in ("layers", "heads", "steps")}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in choice.items()}
+    if rule.branch != "all":  # left out otherwise: older plans and most new ones have none
+        plain["branch"] = rule.branch
     return {**plain, "method": rule.method.name, "params": params}
 
 
@@ -177,7 +179,7 @@ def _rule_in(
             used.add(value["tensor"])
             value = tensors[value["tensor"]]
         filled[name] = value
-    choice = {name: content.get(name, "all") for name in ("layers", "heads", "steps")}
+    choice = {name: content.get(name, "all") for name in ("layers", "heads", "steps", "branch")}
     try:
         return Rule(
             build(content["method"], filled),

@@ -13,6 +13,7 @@ from dittools.errors import PlanError
 from dittools.methods import Method, build
 
 _DENSE: Method = build("dense")
+BRANCHES = ("all", "cond", "uncond")
 HeadRule = tuple[tuple[int, ...], Method]  # heads, ascending, and the method that runs them
 
 
@@ -103,17 +104,24 @@ class Rule:
             front, "transformer_2.blocks.3.attn1", only there).
         heads: "all", or head indices.
         steps: "all", or (start, stop) as shares of the run, stop excluded.
+        branch: guidance branch, for pipelines that run the branches one after the other; calls of
+            no known branch follow the rules for all.
     """
 
     method: Method
     layers: Literal["all"] | tuple[int | str, ...] = "all"
     heads: Literal["all"] | tuple[int, ...] = "all"
     steps: Literal["all"] | tuple[float, float] = "all"
+    branch: Literal["all", "cond", "uncond"] = "all"
 
     def __post_init__(self) -> None:
-        """Refuse a malformed choice of layers, heads or steps."""
+        """Refuse a malformed choice of layers, heads, branch or steps."""
         _check_choice("layers", self.layers, (int, str))
         _check_choice("heads", self.heads, (int,))
+        if self.branch not in BRANCHES:
+            raise PlanError(
+                "rule branch is not usable", expected=", ".join(BRANCHES), got=repr(self.branch)
+            )
         if self.steps == "all":
             return
         if not (
@@ -142,6 +150,10 @@ class Rule:
         if self.steps == "all":
             return True
         return steps > 0 and self.steps[0] <= step / steps < self.steps[1]
+
+    def covers_branch(self, branch: str) -> bool:
+        """Whether the rule holds on this guidance branch."""
+        return self.branch in ("all", branch)
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,7 @@ class Plan:
         return replace(self, schedule=replace(self.schedule, **given)) if given else self
 
     def rules_for(
-        self, layer_index: int, path: str, step: int, steps: int, heads: int
+        self, layer_index: int, path: str, step: int, steps: int, heads: int, branch: str = ""
     ) -> list[HeadRule]:
         """Return (heads, method) pairs that together cover every head once.
 
@@ -226,13 +238,18 @@ class Plan:
             step: denoising step, from 0.
             steps: steps of the run, 0 when not known.
             heads: head count of the site.
+            branch: guidance branch of the call; only "cond" and "uncond" have rules of their own.
         """
         every = tuple(range(heads))
         if self.schedule.is_dense(layer_index, step, steps):
             return [(every, _DENSE)]
         chosen: list[Method] = [_DENSE] * heads
         for rule in self.rules:
-            if rule.covers_layer(layer_index, path) and rule.covers_step(step, steps):
+            if (
+                rule.covers_layer(layer_index, path)
+                and rule.covers_step(step, steps)
+                and rule.covers_branch(branch)
+            ):
                 for head in every if rule.heads == "all" else rule.heads:
                     if head < heads:
                         chosen[head] = rule.method
@@ -245,6 +262,11 @@ class Plan:
             else:
                 groups.append((method, [head]))
         return [(tuple(members), method) for method, members in groups]
+
+    @property
+    def needs_branch(self) -> bool:
+        """Whether a rule holds on one guidance branch only."""
+        return any(rule.branch != "all" for rule in self.rules)
 
     @property
     def needs_steps(self) -> bool:
