@@ -50,6 +50,13 @@ class TokenOrder:
             self._inverse["inverse"] = inverse[:, : self.tokens].contiguous()
         return self._inverse["inverse"]
 
+    @property
+    def _holes(self) -> torch.Tensor:
+        """int64 [n]: the padding slots of an order shared by all heads."""
+        if "holes" not in self._inverse:
+            self._inverse["holes"] = (self.index[0] < 0).nonzero().flatten()
+        return self._inverse["holes"]
+
     def is_valid(self) -> bool:
         """Whether every token stands in exactly one slot of every head."""
         ordered = self.index.sort(dim=1).values
@@ -75,7 +82,9 @@ class TokenOrder:
         else:
             where = order.index.clamp(min=0).t()[None, :, :, None]  # [1, slots, H, 1]
             out = head.gather(1, where.expand(head.shape[0], -1, -1, head.shape[-1]))
-        if self.has_padding:
+        if self.has_padding and order.index.shape[0] == 1:
+            out = out.index_fill_(1, order._holes, 0)
+        elif self.has_padding:
             out = out.masked_fill((order.index < 0).t()[None, :, :, None], 0)
         return torch.cat((out, tail), dim=1) if tail.shape[1] else out
 

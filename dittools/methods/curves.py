@@ -115,6 +115,12 @@ def block_order(grid: TokenGrid, block_size: int, curve: str = "gilbert") -> Tok
 
 
 @lru_cache(maxsize=32)
+def placed_order(grid: TokenGrid, block_size: int, curve: str, device: torch.device) -> TokenOrder:
+    """Return `block_order` on a device, moved there once."""
+    return block_order(grid, block_size, curve).to(device)
+
+
+@lru_cache(maxsize=32)
 def neighbour_blocks(grid: TokenGrid, block_size: int, curve: str = "gilbert") -> torch.Tensor:
     """Return bool [blocks, blocks]: whether tokens of two blocks touch, corners included."""
     order = block_order(grid, block_size, curve)

@@ -17,11 +17,11 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_exactly, attend_per_item, bad_param, check_params, param
-from dittools.methods.curves import block_order
+from dittools.methods.curves import placed_order
 from dittools.order import TokenOrder
 
 FACTORS = (1, 2, 4, 8)
-_CHUNK = 2**24  # sampled scores held at a time
+_CHUNK = 2**21  # sampled scores held at a time; in a CPU's cache they are read back for free
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class PSA:
         return attend_per_item(call, lambda item: self._attend_item(item, backend))
 
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        order = block_order(call.grid, self.block_size, self.curve).to(call.query.device)
+        order = placed_order(call.grid, self.block_size, self.curve, call.query.device)
         levels = self.levels(call, order)
         if bool((levels == 1).all()):
             return backend.dense(call)
@@ -75,46 +75,54 @@ class PSA:
     def levels(self, call: AttentionCall, order: TokenOrder) -> torch.Tensor:
         """Return int64 [H, blocks, blocks]: the pooling factor of each block pair, 0 to skip."""
         grid, size = call.grid, self.block_size
-        query, key = order.apply(call.query), order.apply(call.key)
         importance = block_importance(
-            query, key, grid.tokens, size, self.sample, call.softmax_scale
+            call.query, call.key, grid.tokens, size, self.sample, call.softmax_scale, order
         )
         found = assign_levels(importance, self.rule, self.ends, size, self.tile)
         if self.similarity:
-            cap = similarity_cap(key, grid.tokens, size, self.similarity)
+            cap = similarity_cap(order.apply(call.key), grid.tokens, size, self.similarity)
             found = torch.minimum(found, cap[:, None])
         return found
 
 
 def block_importance(
-    query: torch.Tensor, key: torch.Tensor, tokens: int, size: int, sample: int, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    tokens: int,
+    size: int,
+    sample: int,
+    scale: float,
+    order: TokenOrder | None = None,
 ) -> torch.Tensor:
     """Return float32 [H, blocks, blocks], rows sum to 1: the largest sampled score of each pair.
 
     Scores enter as exp(score - largest score of the query), the authors' choice.
 
     Args:
-        query: [1, slots, H, D] in slot order.
-        key: [1, slots, H, D].
+        query: [1, S, H, D].
+        key: [1, S, H, D].
         tokens: grid tokens, which fill the first slots.
         size: tokens per block.
         sample: every how many tokens are looked at.
         scale: factor on the scores.
+        order: slots the blocks are cut from, one for all heads; None takes the tokens as they are.
     """
     blocks, heads = -(-tokens // size), query.shape[2]
-    slots = torch.arange(0, blocks * size, device=query.device)
-    picked = slots[slots % size % sample == 0]
-    each = len(picked) // blocks  # sampled tokens per block
-    keys = key[0, picked].permute(1, 2, 0).float() * scale
-    out = torch.zeros((heads, blocks, blocks), device=query.device)
-    step = max(1, _CHUNK // (heads * len(picked) * each))  # query blocks at a time
+    slot = torch.arange(0, blocks * size, size, device=query.device)[:, None]
+    slot = slot + torch.arange(0, size, sample, device=query.device)
+    slot = torch.where(slot < tokens, slot, slot[:, :1])  # a repeat changes no maximum
+    if order is not None:
+        slot = order.index[0, slot]
+    each = slot.shape[1]  # sampled tokens per block
+    rows = query[0, slot.flatten()].transpose(0, 1).float()
+    # columns stand sample after sample, so that a maximum over one block's goes along whole rows
+    columns = key[0, slot.t().flatten()].permute(1, 2, 0).float().contiguous() * scale
+    out = torch.empty((heads, blocks, blocks), device=query.device)
+    step = max(1, _CHUNK // (heads * blocks * each * each))  # query blocks at a time
     for first in range(0, blocks, step):
-        part = picked[first * each : (first + step) * each]
-        scores = query[0, part].transpose(0, 1).float() @ keys
-        scores[..., picked >= tokens] = float("-inf")  # padding slots of the last block
-        best = scores.unflatten(2, (blocks, each)).amax(-1)
-        weights = (best - best.amax(-1, keepdim=True)).exp()
-        weights[:, part >= tokens] = 0.0
+        scores = rows[:, first * each : (first + step) * each] @ columns
+        best = scores.unflatten(2, (each, blocks)).amax(2)
+        weights = best.sub_(best.amax(-1, keepdim=True)).exp_()
         out[:, first : first + step] = weights.unflatten(1, (-1, each)).amax(2)
     return out / out.sum(-1, keepdim=True)
 
@@ -193,16 +201,16 @@ def attend_levels(
         count_bias: whether pooled keys get the log of the tokens they stand for.
     """
     grid, blocks = call.grid, levels.shape[1]
-    key, value = order.apply(call.key)[0], order.apply(call.value)[0]
-    real = (order.index[0, : blocks * block_size] >= 0).float()
+    wide = torch.promote_types(call.key.dtype, torch.float32)
+    count = (order.index[0, : blocks * block_size] >= 0).float()
+    sums = [order.apply(x)[0, : blocks * block_size].to(wide) for x in (call.key, call.value)]
     keys, values, biases = [call.key], [call.value], [_own_bias(call)]
-    wide = torch.promote_types(key.dtype, torch.float32)
-    for factor in FACTORS[1:]:
-        count = real.unflatten(0, (-1, factor)).sum(1)
+    for _ in FACTORS[1:]:  # each level from the one before
+        count = count.unflatten(0, (-1, 2)).sum(1)
+        sums = [x[0::2] + x[1::2] for x in sums]
         share = (1 / count.clamp(min=1))[:, None, None]
-        for source, parts in ((key, keys), (value, values)):
-            groups = source[: blocks * block_size].unflatten(0, (-1, factor))
-            parts.append((groups.to(wide).sum(1) * share).to(source.dtype)[None])
+        for source, parts in zip(sums, (keys, values), strict=True):
+            parts.append((source * share).to(call.key.dtype)[None])
         bias = count.log() if count_bias else torch.where(count > 0, 0.0, float("-inf"))
         biases.append(bias[None, None].expand(1, biases[0].shape[1], -1))
     extended = replace(

@@ -18,7 +18,7 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_exactly, attend_per_item, check_params, param
-from dittools.methods.curves import block_order, neighbour_blocks
+from dittools.methods.curves import neighbour_blocks, placed_order
 from dittools.methods.selection import block_sizes, keep_top, mass_counts, slot_means
 from dittools.order import TokenOrder
 
@@ -59,7 +59,7 @@ class Rectified:
         return attend_per_item(call, lambda item: self._attend_item(item, backend))
 
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        order = block_order(call.grid, self.block_size, self.curve).to(call.query.device)
+        order = placed_order(call.grid, self.block_size, self.curve, call.query.device)
         chosen = rectified_blocks(call, self, order)
         if bool(chosen.kept.all()):
             return backend.dense(call)

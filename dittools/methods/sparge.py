@@ -15,7 +15,7 @@ from dittools.call import AttentionCall
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_masked, attend_per_item, check_params, param
-from dittools.methods.curves import block_order
+from dittools.methods.curves import placed_order
 from dittools.methods.selection import keep_top, mass_counts, slot_means
 from dittools.order import TokenOrder
 
@@ -53,7 +53,7 @@ class Sparge:
         return attend_per_item(call, lambda item: self._attend_item(item, backend))
 
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        order = block_order(call.grid, self.block_size, self.curve).to(call.query.device)
+        order = placed_order(call.grid, self.block_size, self.curve, call.query.device)
         return attend_masked(call, backend, self.select(call, order))
 
     def select(self, call: AttentionCall, order: TokenOrder) -> BlockMask:
