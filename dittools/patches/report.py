@@ -15,6 +15,7 @@ class LayerReport:
             alone because they are not the main self- or joint attention.
         density: mean share of query-key pairs computed, over eligible calls; 1 when there are none.
         sparse_density: the same over sparse calls only.
+        skipped: forwards of the denoiser in which a cache left the site out.
     """
 
     site: str
@@ -24,6 +25,7 @@ class LayerReport:
     passed_through: int
     density: float
     sparse_density: float
+    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Report:
         coverage: sites selected, fired, and those that never fired with their processor class.
         backends: backends that ran sparse calls.
         branches, steps, forwards, grids: what was seen.
+        skipped: site visits that a cache left out; they enter no count and no density.
         layers: one entry per site.
         notes: remarks on attaching.
     """
@@ -67,6 +70,7 @@ class Report:
     forwards: int
     grids: list[str]
     notes: list[str] = field(default_factory=list)
+    skipped: int = 0
     layers: list[LayerReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,6 +95,8 @@ class Report:
             ("ran dense", f"{count} x {reason} ({_some(self.fallback_sites[reason])})")
             for reason, count in self.fallbacks.items()
         ]
+        if self.skipped:
+            rows.append(("skipped", f"{self.skipped} calls, left out by a cache"))
         rows += [("never fired", f"{s}: {why}") for s, why in self.coverage["never_fired"].items()]
         rows += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in rows)

@@ -56,7 +56,7 @@ class Root:
         except DitToolsError as error:
             problem = f"the token grid is not known: {error}"
         branch = self._branch(place.step)
-        runtime.forwards += 1
+        runtime.forwards[self.component] += 1
         runtime.branches.add(branch)
         runtime.steps_seen.add(place.step)
         self.moment = Moment(layout, problem, place.step, place.steps, branch)
@@ -85,6 +85,9 @@ class Root:
         """Return the attention of one call, in the layout it came in."""
         runtime, moment = self.runtime, self.moment
         tally = runtime.tally(site)
+        if moment is not None and site.name not in moment.fired:
+            moment.fired.add(site.name)
+            tally.forwards += 1
         axis = 2 if call.heads_first else 1
         tokens = call.query.shape[axis]
         if moment is None or call.query.dim() != 4 or tokens != call.key.shape[axis]:

@@ -19,11 +19,16 @@ from dittools.plans.plan import HeadRule
 
 @dataclass
 class Tally:
-    """What one site did so far; `pairs` and `sparse_pairs` add up densities of calls."""
+    """What one site did so far; `sparse_density` adds up densities of calls.
+
+    `forwards` counts the forwards of its denoiser in which it was called at all; a cache that
+    reuses a block's old output makes it fewer than the forwards there were.
+    """
 
     sparse: int = 0
     dense: int = 0
     passed: int = 0
+    forwards: int = 0
     sparse_density: float | torch.Tensor = 0.0
     fallbacks: Counter[str] = field(default_factory=Counter)
 
@@ -38,6 +43,7 @@ class Moment:
         step, steps, branch: where in the run it stands.
         ordinals: main calls so far per site.
         masks: key masks worked out so far, by id of the mask (kept alive beside it).
+        fired: sites called so far.
     """
 
     layout: Layout | None
@@ -47,6 +53,7 @@ class Moment:
     branch: str
     ordinals: Counter[str] = field(default_factory=Counter)
     masks: dict[int, tuple[torch.Tensor, KeyMask]] = field(default_factory=dict)
+    fired: set[str] = field(default_factory=set)
 
 
 class Runtime:
@@ -71,7 +78,7 @@ class Runtime:
         self.used: set[str] = set()
         self.branches: set[str] = set()
         self.steps_seen: set[int] = set()
-        self.forwards = 0
+        self.forwards: Counter[str] = Counter()  # by component
         self.grids: set[TokenGrid] = set()
 
     def tally(self, site: Site) -> Tally:

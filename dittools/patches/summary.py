@@ -22,7 +22,9 @@ def summarise(
 ) -> Report:
     """Return the report of an attachment; see `Report` for what its numbers mean."""
     layers = [
-        _layer(site.name, site.layer, runtime.tally(site)) for root in roots for site in root.sites
+        _layer(site.name, site.layer, runtime.tally(site), runtime.forwards[root.component])
+        for root in roots
+        for site in root.sites
     ]
     calls = {
         name: sum(getattr(layer, name) for layer in layers)
@@ -52,14 +54,15 @@ def summarise(
         backends=sorted(runtime.used),
         branches=sorted(runtime.branches),
         steps=len(runtime.steps_seen),
-        forwards=runtime.forwards,
+        forwards=runtime.forwards.total(),
         grids=sorted(_words(grid) for grid in runtime.grids),
         notes=notes,
+        skipped=sum(layer.skipped for layer in layers),
         layers=layers,
     )
 
 
-def _layer(name: str, layer: int, tally: Tally) -> LayerReport:
+def _layer(name: str, layer: int, tally: Tally, forwards: int) -> LayerReport:
     eligible = tally.sparse + tally.dense
     total = float(tally.sparse_density)
     return LayerReport(
@@ -70,6 +73,8 @@ def _layer(name: str, layer: int, tally: Tally) -> LayerReport:
         passed_through=tally.passed,
         density=(total + tally.dense) / eligible if eligible else 1.0,
         sparse_density=total / tally.sparse if tally.sparse else 1.0,
+        # a site that was never called is reported by `coverage`, with the reason
+        skipped=forwards - tally.forwards if tally.forwards else 0,
     )
 
 
