@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dittools.grid import TokenGrid as TokenGrid
     from dittools.mask import BlockMask as BlockMask
     from dittools.methods import METHODS as METHODS
+    from dittools.methods.headhunter import HeadHunter as HeadHunter
     from dittools.order import TokenOrder as TokenOrder
     from dittools.patches import Attachment as Attachment
     from dittools.patches import Report as Report
@@ -42,6 +43,7 @@ _HOMES = {
     "BlockMask": "dittools.mask",
     "DitToolsError": "dittools.errors",
     "Forecast": "dittools.searching.forecast",
+    "HeadHunter": "dittools.methods.headhunter",
     "InputError": "dittools.errors",
     "METHODS": "dittools.methods",
     "Plan": "dittools.plans",

@@ -10,6 +10,7 @@ import torch
 
 from dittools.errors import AttachError, InputError
 from dittools.grid import TokenGrid
+from dittools.patches.refining import Refining
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class Family:
         sites: regular expressions of module paths, in execution order; numbers sort as numbers.
         layout: finds the geometry from the denoiser's bound forward arguments.
         branches: names of unnamed calls in one step, in call order.
+        batched: halves of a batch with classifier-free guidance, ("uncond", "cond") or the other
+            way round; empty when each branch is a call of its own.
+        unguided: regular expressions of sites that head-level guidance does not address.
         timestep: forward argument that holds the timestep.
         pairwise_mask: a bool [B, 1, S, S] mask is an outer product of valid tokens.
         variant: name of a variant with published presets of its own, "" for none.
         blocked: why this family cannot be accelerated, "" when it can.
         notes: facts a user should know, printed in the report.
+        refining: facts for refining a clip at a larger size, None where nobody wrote them down.
     """
 
     name: str
@@ -80,11 +85,14 @@ class Family:
     sites: tuple[str, ...]
     layout: Resolver
     branches: tuple[str, ...] = ()
+    batched: tuple[str, ...] = ()
+    unguided: tuple[str, ...] = ()
     timestep: str = "timestep"
     pairwise_mask: bool = False
     variant: Callable[[torch.nn.Module, Mapping[str, Any]], str] = field(default=_no_preset_variant)
     blocked: str = ""
     notes: tuple[str, ...] = ()
+    refining: Refining | None = None
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -1,19 +1,22 @@
 """attach and detach: put a plan on a stock pipeline, follow it, take it off without a trace."""
 
 import logging
+import re
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from dittools.errors import AttachError, PlanError
+from dittools.errors import AttachError, InputError, PlanError
 from dittools.kernels.auto import resolve
 from dittools.methods import METHODS, Method, preset
+from dittools.methods.headhunter import HeadHunter
 from dittools.patches.adapters import Family, families, family_of
+from dittools.patches.guide import Guide, check_pipeline, guidance_report, selected_heads
 from dittools.patches.install import install, not_interceptable, root_of, select, uninstall
 from dittools.patches.report import Report
 from dittools.patches.root import Root
@@ -33,6 +36,12 @@ class Target:
     family: Family
     paths: list[str]
 
+    @property
+    def guided_paths(self) -> list[str]:
+        """The sites that head-level guidance counts as layers."""
+        left_out = self.family.unguided
+        return [p for p in self.paths if not any(re.fullmatch(o, p) for o in left_out)]
+
 
 class Attachment:
     """What `attach` put on a pipeline; a context manager that detaches at its end."""
@@ -47,7 +56,12 @@ class Attachment:
         self._denoisers = [weakref.ref(t.denoiser) for t in targets]
         self._roots = [Root(t.component, t.family, runtime) for t in targets]
         self._source, self._notes = source, notes
+        spec = runtime.plan.guidance
         try:
+            for target, root in zip(targets, self._roots, strict=True):
+                if spec is not None:
+                    heads = selected_heads(spec, target.denoiser, target.guided_paths)
+                    root.guide = Guide(spec, root, heads)
             for target, root in zip(targets, self._roots, strict=True):
                 install(target.denoiser, root, target.paths)
         except BaseException:
@@ -68,12 +82,16 @@ class Attachment:
         """Return what happened since attaching or `reset`; waits for pending CUDA work."""
         family = f"{self._family.name} ({', '.join(dict.fromkeys(self._classes))})"
         notes = [*self._notes, *self._family.notes]
-        return summarise(self.runtime, self._roots, self._live(), family, self._source, notes)
+        found = summarise(self.runtime, self._roots, self._live(), family, self._source, notes)
+        return replace(found, guidance=guidance_report([root.guide for root in self._roots]))
 
     def reset(self) -> None:
         """Start counting and timing anew; methods forget what they remembered."""
         self.runtime.reset()
         self.runtime.memory.clear()
+        for root in self._roots:
+            if root.guide is not None:
+                root.guide.reset()
 
     def detach(self) -> None:
         """Restore the model exactly; nothing happens when another plan has replaced this one."""
@@ -105,8 +123,9 @@ class Attachment:
 
 def attach(
     pipe: Any,
-    plan: str | Path | Method | Plan,
+    plan: str | Path | Method | Plan | HeadHunter,
     *,
+    guidance: HeadHunter | None = None,
     dense_steps: float | int | None = None,
     dense_last_steps: float | int | None = None,
     dense_layers: int | None = None,
@@ -121,7 +140,9 @@ def attach(
     Args:
         pipe: a diffusers pipeline, or its denoiser.
         plan: a method's name (settings as published for the model family), a method, a plan, or
-            the path of a plan file.
+            the path of a plan file; guidance alone leaves attention dense.
+        guidance: heads whose perturbation guides the run, instead of those the plan names; one
+            more pass per step.
         dense_steps: leading steps that stay dense, a share below 1 or a count; None keeps what the
             preset or plan says, 0 for a method given with its parameters.
         dense_last_steps: the same at the end of the run.
@@ -129,11 +150,17 @@ def attach(
         backend: name in `dittools.kernels.backend_names()`.
         check_finite: run calls with NaN or infinite inputs dense and report them.
     Raises:
-        AttachError: nothing here can be accelerated, or attaching failed and was undone.
+        AttachError: nothing here can be accelerated, attaching failed and was undone, or guidance
+            makes no sense here.
+        InputError: guidance names heads the model does not have.
         PlanError: the plan file is unusable or made for another model.
         UnknownMethod: no method has this name.
         UnsupportedCall: no such backend.
     """
+    if isinstance(plan, HeadHunter):
+        if guidance is not None:
+            raise InputError("guidance is given twice", remedy="a plan or method beside guidance=")
+        guidance, plan = plan, "dense"
     targets = find_targets(pipe)
     chosen, source = _resolve_plan(plan, targets[0], _components(pipe))
     chosen = chosen.scheduled(
@@ -141,6 +168,7 @@ def attach(
     )
     for target in targets:
         chosen.check(model_facts(target.denoiser, target.paths))
+    chosen = _guided(chosen, guidance, targets, pipe)
     is_module = isinstance(pipe, torch.nn.Module)
     runtime = Runtime(chosen, resolve(backend), None if is_module else pipe, check_finite)
     replaced = [(t.denoiser, root_of(t.denoiser)) for t in targets]
@@ -158,6 +186,19 @@ def attach(
         ) from error
     logger.info("attached %r, %s", attachment, source)
     return attachment
+
+
+def _guided(plan: Plan, guidance: Any, targets: list[Target], pipe: Any) -> Plan:
+    """Return the plan with the guidance that is to run, after checking that it can."""
+    spec = plan.guidance if guidance is None else guidance
+    if spec is None:
+        return plan
+    if not isinstance(spec, HeadHunter):
+        raise InputError("this is no guidance", expected="a HeadHunter", got=type(spec).__name__)
+    for target in targets:
+        check_pipeline(pipe, target.denoiser)
+        selected_heads(spec, target.denoiser, target.guided_paths)
+    return replace(plan, guidance=spec)
 
 
 def detach(pipe: Any) -> None:

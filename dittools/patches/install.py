@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dittools.patches.guide import follow, unfollow
 from dittools.patches.root import Root
 from dittools.patches.seam import is_shadow, shadow_of, stock_of
 from dittools.patches.sites import SITE_ATTRIBUTE, Site
@@ -112,6 +113,8 @@ def install(denoiser: torch.nn.Module, root: Root, paths: list[str]) -> None:
             put_shadow(module)
         root.branch_name = follow_branch(denoiser)
         denoiser.register_forward_pre_hook(RootHook(root), with_kwargs=True)
+        if root.guide is not None:
+            follow(denoiser, root.guide)
     except BaseException:
         uninstall(denoiser)
         raise
@@ -130,6 +133,7 @@ def uninstall(denoiser: torch.nn.Module) -> None:
             del denoiser._forward_pre_hooks[key]
             denoiser._forward_pre_hooks_with_kwargs.pop(key, None)
     unfollow_branch(denoiser)
+    unfollow(denoiser)
 
 
 def _unshadow(processor: Any) -> None:

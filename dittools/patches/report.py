@@ -50,6 +50,8 @@ class Report:
         skipped: site visits that a cache left out; they enter no count and no density.
         layers: one entry per site.
         notes: remarks on attaching.
+        guidance: heads, scale, u and mode of HeadHunter, its extra passes, their rows and time;
+            None without it.
     """
 
     method: str
@@ -72,6 +74,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     skipped: int = 0
     layers: list[LayerReport] = field(default_factory=list)
+    guidance: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
@@ -91,6 +94,8 @@ class Report:
             ("grids", ", ".join(self.grids) or "none seen yet"),
             ("sites", f"{self.coverage['fired']} of {self.coverage['selected']} fired"),
         ]
+        if self.guidance is not None:
+            rows.append(("guidance", _guidance(self.guidance)))
         rows += [
             ("ran dense", f"{count} x {reason} ({_some(self.fallback_sites[reason])})")
             for reason, count in self.fallbacks.items()
@@ -106,3 +111,12 @@ class Report:
 def _some(sites: list[str]) -> str:
     """Name the first site and how many more."""
     return sites[0] if len(sites) == 1 else f"{sites[0]} and {len(sites) - 1} more"
+
+
+def _guidance(found: dict[str, Any]) -> str:
+    heads = found["heads"]
+    some = ", ".join(heads[:6]) + (f" and {len(heads) - 6} more" if len(heads) > 6 else "")
+    return (
+        f"scale {found['scale']:g}, u {found['u']:g}, {found['mode']}, heads {some}; "
+        f"{found['extra_passes']} extra passes, {found['extra_ms']:.1f} ms"
+    )

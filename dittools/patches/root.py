@@ -11,8 +11,10 @@ from dittools.call import AttentionCall
 from dittools.errors import DitToolsError, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.patches.adapters import Family, Layout
+from dittools.patches.guide import BRANCH, Guide
 from dittools.patches.masks import KeyMask, key_mask
 from dittools.patches.meter import DENSE_IS_FASTER, Meter
+from dittools.patches.perturb import restricted
 from dittools.patches.refusals import (
     KEEPS_ALL,
     NOT_FINITE,
@@ -35,6 +37,7 @@ class Root:
         self.sites: list[Site] = []
         self.branch_name: Callable[[], str | None] = lambda: None
         self.moment: Moment | None = None
+        self.guide: Guide | None = None
         self._unnamed: tuple[int, int] = (-1, 0)  # step, unnamed forwards seen in it
         self._signatures: weakref.WeakKeyDictionary[type, inspect.Signature] = (
             weakref.WeakKeyDictionary()
@@ -55,7 +58,9 @@ class Root:
             layout = self.family.layout(arguments, denoiser)
         except DitToolsError as error:
             problem = f"the token grid is not known: {error}"
-        branch = self._branch(place.step)
+        guide = self.guide
+        perturbing = guide is not None and guide.is_perturbing
+        branch = BRANCH if perturbing else self._branch(place.step)
         runtime.forwards[self.component] += 1
         runtime.branches.add(branch)
         runtime.steps_seen.add(place.step)
@@ -100,7 +105,18 @@ class Root:
             return call.dense()
         runtime.grids.update(grids)
         with runtime.attention.running(call.query.device):
-            return self._main_call(site, call, grids, moment, tally)
+            if self.guide is None or not self.guide.is_perturbing:
+                return self._main_call(site, call, grids, moment, tally)
+            heads = call.query.shape[1 if call.heads_first else 2]
+            # the plan of the pass that is being perturbed
+            branch = self.guide.branch
+            rules = runtime.rules(site, moment.step, moment.steps, heads, branch)
+
+            def plain(some: SeamCall, kept: tuple[int, ...] | None) -> torch.Tensor:
+                mine = rules if kept is None else restricted(rules, kept)
+                return self._main_call(site, some, grids, moment, tally, mine)
+
+            return self.guide.perturb(site, call, grids, rules, plain)
 
     def _main_call(
         self,
@@ -109,18 +125,22 @@ class Root:
         grids: tuple[TokenGrid, ...],
         moment: Moment,
         tally: Tally,
+        rules: list[HeadRule] | None = None,
     ) -> torch.Tensor:
         """Run one eligible call by the plan, dense where the plan or a reason says so.
+
+        `rules` are given when the call holds only some heads of the site.
 
         Several grids mean rows of different text length: each row is a call of its own, and what
         pads it stays zero, as nothing reads it.
         """
         runtime = self.runtime
         heads = call.query.shape[1 if call.heads_first else 2]
-        rules = runtime.rules(site, moment.step, moment.steps, heads, moment.branch)
+        if rules is None:
+            rules = runtime.rules(site, moment.step, moment.steps, heads, moment.branch)
         if moment.steps == 0 and runtime.plan.needs_steps:
             tally.fallbacks[UNKNOWN_LENGTH] += 1
-        if runtime.plan.needs_branch and moment.branch not in ("cond", "uncond"):
+        if runtime.plan.needs_branch and moment.branch not in ("cond", "uncond", BRANCH):
             tally.fallbacks[UNKNOWN_BRANCH] += 1
         if all(method.name == "dense" for _, method in rules):
             tally.dense += len(grids)

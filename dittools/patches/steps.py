@@ -40,6 +40,11 @@ class StepClock:
         self._direction = 0.0
         self._step = -1
 
+    @property
+    def pipe(self) -> Any:
+        """The pipeline, None without one."""
+        return self._pipe()
+
     def observe(self, timestep: Any) -> Place:
         """Return the place of a forward that was given this timestep."""
         scheduler = getattr(self._pipe(), "scheduler", None)

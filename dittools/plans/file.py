@@ -11,13 +11,25 @@ import torch
 
 from dittools.errors import DitToolsError, PlanError
 from dittools.methods import METHODS, build, to_params
+from dittools.methods.headhunter import HeadHunter
 from dittools.plans.plan import ModelFacts, Plan, Rule, Schedule
 
 FORMAT = "dittools-plan"
 VERSION = 1
-_KEYS = ("format", "version", "model", "schedule", "rules", "tensors", "provenance", "measured")
+_KEYS = (
+    "format",
+    "version",
+    "model",
+    "schedule",
+    "rules",
+    "guidance",
+    "tensors",
+    "provenance",
+    "measured",
+)
 _MODEL = ("class", "layers", "heads", "head_dim")
 _SCHEDULE = ("dense_first_steps", "dense_last_steps", "dense_layers")
+_GUIDANCE = ("heads", "scale", "u", "mode")
 _RULE = ("layers", "heads", "steps", "branch", "method", "params")
 _TENSORS = ("file", "sha256")
 _REBUILD = "make the plan again, or copy it whole"
@@ -37,6 +49,9 @@ def save_plan(plan: Plan, path: Path) -> Path:
         content["model"] = dict(zip(_MODEL, values, strict=True))
     content["schedule"] = {name: getattr(plan.schedule, name) for name in _SCHEDULE}
     content["rules"] = [_rule_out(n, rule, tensors) for n, rule in enumerate(plan.rules)]
+    if plan.guidance is not None:
+        shown = {name: getattr(plan.guidance, name) for name in _GUIDANCE}
+        content["guidance"] = {**shown, "heads": list(plan.guidance.heads)}
     side, blob = path.with_suffix(".safetensors"), b""
     if tensors:
         blob = _tensor_bytes(tensors)
@@ -81,6 +96,7 @@ def load_plan(path: Path) -> Plan:
         {name: tensor for name, tensor in tensors.items() if name not in used},
         _part(content, "provenance", None, path),
         _part(content, "measured", None, path),
+        guidance=_guidance_in(content, path),
     )
 
 
@@ -138,6 +154,16 @@ def _model_in(content: Any, path: Path) -> ModelFacts | None:
             got=repr(model),
         )
     return ModelFacts(model["class"], model["layers"], model["heads"], model["head_dim"])
+
+
+def _guidance_in(content: dict[str, Any], path: Path) -> HeadHunter | None:
+    if content.get("guidance") is None:
+        return None
+    part = _part(content, "guidance", _GUIDANCE, path)
+    try:
+        return HeadHunter(**part)
+    except (DitToolsError, TypeError) as error:
+        raise PlanError(f"guidance of {path}: {error}") from error
 
 
 def _rule_out(number: int, rule: Rule, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 from dittools.errors import PlanError
 from dittools.methods import Method, build
+from dittools.methods.headhunter import HeadHunter
 
 _DENSE: Method = build("dense")
 BRANCHES = ("all", "cond", "uncond")
@@ -164,6 +165,7 @@ class Plan:
         rules: where no rule holds, attention stays dense.
         schedule: dense steps and layers; goes before every rule.
         model: the model it was made for; None fits any.
+        guidance: heads whose perturbation guides the run; None for none.
         tensors: extra tensors saved beside the plan.
         provenance: how it came about, JSON values.
         measured: what was measured with it, JSON values.
@@ -172,6 +174,7 @@ class Plan:
     rules: tuple[Rule, ...] = ()
     schedule: Schedule = field(default_factory=Schedule)
     model: ModelFacts | None = None
+    guidance: HeadHunter | None = field(default=None, kw_only=True)
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)

@@ -8,5 +8,6 @@ FAMILY = register_family(
         ("AllegroTransformer3DModel",),
         (r"transformer_blocks\.\d+\.attn1",),
         latent_video,
+        batched=("uncond", "cond"),
     )
 )

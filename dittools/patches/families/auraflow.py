@@ -22,5 +22,6 @@ FAMILY = register_family(
         ("AuraFlowTransformer2DModel",),
         (r"joint_transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"),
         layout,
+        batched=("uncond", "cond"),
     )
 )

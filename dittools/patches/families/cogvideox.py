@@ -30,6 +30,7 @@ FAMILY = register_family(
         ("CogVideoXTransformer3DModel",),
         (r"transformer_blocks\.\d+\.attn1",),
         layout,
+        batched=("uncond", "cond"),
         variant=variant,
     )
 )

@@ -18,5 +18,11 @@ def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
 
 
 FAMILY = register_family(
-    Family("mochi", ("MochiTransformer3DModel",), (r"transformer_blocks\.\d+\.attn1",), layout)
+    Family(
+        "mochi",
+        ("MochiTransformer3DModel",),
+        (r"transformer_blocks\.\d+\.attn1",),
+        layout,
+        batched=("uncond", "cond"),
+    )
 )

@@ -14,5 +14,11 @@ def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
 
 
 FAMILY = register_family(
-    Family("pixart", ("PixArtTransformer2DModel",), (r"transformer_blocks\.\d+\.attn1",), layout)
+    Family(
+        "pixart",
+        ("PixArtTransformer2DModel",),
+        (r"transformer_blocks\.\d+\.attn1",),
+        layout,
+        batched=("uncond", "cond"),
+    )
 )

@@ -18,5 +18,12 @@ def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
 
 
 FAMILY = register_family(
-    Family("sd3", ("SD3Transformer2DModel",), (r"transformer_blocks\.\d+\.attn2?",), layout)
+    Family(
+        "sd3",
+        ("SD3Transformer2DModel",),
+        (r"transformer_blocks\.\d+\.attn2?",),
+        layout,
+        batched=("uncond", "cond"),
+        unguided=(r".*\.attn2",),  # so that a layer is a block, in 3 and 3.5 alike
+    )
 )

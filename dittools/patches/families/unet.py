@@ -29,5 +29,6 @@ FAMILY = register_family(
         ("UNet2DConditionModel",),
         (rf"down_blocks\.{_INSIDE}", rf"mid_block\.{_INSIDE}", rf"up_blocks\.{_INSIDE}"),
         layout,
+        batched=("uncond", "cond"),
     )
 )

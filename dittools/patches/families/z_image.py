@@ -39,6 +39,7 @@ FAMILY = register_family(
         ("ZImageTransformer2DModel",),
         (r"layers\.\d+\.attention",),
         layout,
+        batched=("cond", "uncond"),
         timestep="t",
     )
 )
