@@ -6,8 +6,9 @@ PIP := $(BIN) -m pip --disable-pip-version-check
 WORKERS ?= 2
 OUT ?= out
 MINUTES ?= 600
+PORT ?= 7860
 
-.PHONY: help test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
+.PHONY: help app test-app test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -23,11 +24,26 @@ $(VENV)/.core: constraints.txt pyproject.toml
 
 $(VENV)/.test: $(VENV)/.core
 	@echo "installing the test and development tools"
-	@$(PIP) install --progress-bar on -q -c constraints.txt -e ".[test,dev,triton]"
+	@$(PIP) install --progress-bar on -q -c constraints.txt -e ".[test,dev,triton,app]"
 	@touch $@
 
 demo: $(VENV)/.core  ## dense and accelerated clip of the embedded model, with a report, on CPU
 	@$(BIN) -m dittools generate --model demo --compare --out $(OUT)/demo
+
+$(VENV)/.app: $(VENV)/.core
+	@echo "installing what the studio needs"
+	@$(PIP) install --progress-bar on -q -c constraints.txt -e ".[app]"
+	@touch $@
+
+app: $(VENV)/.app  ## the studio in the browser, at http://127.0.0.1:$(PORT)
+	@$(BIN) app.py --port $(PORT) --runs $(OUT)/studio
+
+$(VENV)/.browser: $(VENV)/.test
+	@$(PIP) install --progress-bar on -q -c constraints.txt -e ".[app,browser]"
+	@touch $@
+
+test-app: $(VENV)/.browser  ## the studio end to end in Chromium, which must be on the PATH
+	@$(BIN) -m pytest -m browser
 
 test: $(VENV)/.test  ## the whole CPU suite
 	@$(BIN) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not gpu and not oracle and not browser and not ray"

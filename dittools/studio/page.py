@@ -1,13 +1,13 @@
 """The page around the tabs: model field, theme, and how it is served."""
 
 import os
+import sys
 from importlib.resources import files
-from typing import Any
 
 import gradio as gr
 
 import dittools
-from dittools.pipelines.load import names
+from dittools.errors import InputError
 from dittools.studio.context import Context
 from dittools.studio.engine import Engine
 from dittools.studio.runs import RunStore
@@ -33,7 +33,7 @@ def build(settings: StudioSettings, engine: Engine | None = None) -> gr.Blocks:
         with gr.Row(elem_id="dt-head"):
             gr.HTML(_header(engine), elem_id="dt-brand")
             model = gr.Dropdown(
-                [name for name in names() if name == "demo"],
+                ["demo"],
                 value="demo",
                 label="Model",
                 info="demo, a local diffusers folder, or a hub id",
@@ -51,27 +51,54 @@ def build(settings: StudioSettings, engine: Engine | None = None) -> gr.Blocks:
     return page
 
 
-def launch(settings: StudioSettings, engine: Engine | None = None, **options: Any) -> gr.Blocks:
-    """Serve the studio and return its page; blocks unless `prevent_thread_lock=True` is given."""
+def launch(
+    settings: StudioSettings, engine: Engine | None = None, *, block: bool = True
+) -> gr.Blocks:
+    """Serve the studio and return its page.
+
+    Args:
+        settings: how it is started.
+        engine: to run jobs on; None makes one and loads the embedded model into it.
+        block: stay until the server is stopped; otherwise `page.close()` stops it.
+    Raises:
+        InputError: the run folder cannot be made, or the address cannot be listened on.
+    """
+    root = RunStore(settings.runs).root
     # uploads and caches stay below the run folder, the only one that is served
-    page_runs = RunStore(settings.runs)
-    os.environ["GRADIO_TEMP_DIR"] = str(page_runs.root / ".uploads")
+    os.environ["GRADIO_TEMP_DIR"] = str(root / ".uploads")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    if engine is None:
+        engine = Engine(settings.device, settings.dtype)
+        engine.submit("loading the demo model", "demo", lambda pipe, job: None)
     page = build(settings, engine)
-    page.launch(
-        server_name=settings.host,
-        server_port=settings.port or None,
-        share=settings.share,
-        auth=settings.login(),
-        allowed_paths=[str(page_runs.root)],
-        max_file_size=UPLOAD_LIMIT,
-        theme=theme(),
-        css=_assets(".css"),
-        head=f"<script>{_assets('.js')}</script>",
-        footer_links=[],
-        ssr_mode=False,
-        **options,
-    )
+    try:
+        page.launch(
+            server_name=settings.host,
+            server_port=settings.port or None,
+            share=settings.share,
+            auth=settings.login(),
+            allowed_paths=[str(root)],
+            max_file_size=UPLOAD_LIMIT,
+            theme=theme(),
+            css=_assets(".css"),
+            head=f"<script>{_assets('.js')}</script>",
+            footer_links=[],
+            ssr_mode=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise InputError(
+            f"cannot listen on {settings.host} port {settings.port}",
+            got=" ".join(str(error).split())[:160],
+            remedy="another --port, or 0 for any free one",
+        ) from error
+    sys.stdout.write(f"dittools studio: {page.local_url}, runs in {root}\n")
+    if page.share_url:
+        sys.stdout.write(f"public, for people with the login: {page.share_url}\n")
+    sys.stdout.flush()
+    if block:
+        page.block_thread()
     return page
 
 

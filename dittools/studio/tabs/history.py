@@ -1,18 +1,77 @@
-"""The runs on disk."""
+"""The runs on disk: they survive a restart, and open as they were."""
+
+import json
+from html import escape
+from typing import Any
 
 import gradio as gr
 
-from dittools.studio import html
+from dittools.errors import DitToolsError
+from dittools.studio import generation, html, result
 from dittools.studio.context import Context
+from dittools.studio.runs import Run
+from dittools.studio.tabs.jobs import on_tab_select, run_choices, sentence
+
+KINDS = ("generate", "search", "atlas", "vote", "bench")
+NOTHING = "No run is kept yet. Whatever is generated, searched or measured will be listed here."
 
 
 def build(context: Context) -> None:
     """Put the tab's components on the page."""
-    shown = gr.HTML(html.empty("No run yet. Generate a clip and it will be kept here."))
-    again = gr.Button("Refresh")
+    with gr.Row(elem_classes="dt-pick"):
+        picked = gr.Dropdown(
+            run_choices(context, *KINDS), value=None, label="Run", elem_id="history-run", scale=5
+        )
+        again = gr.Button("Refresh", scale=1, min_width=110, elem_id="history-refresh")
+    heading = gr.HTML(_start(context), elem_id="history-heading")
+    player = gr.HTML(elem_id="history-player")
+    details = gr.HTML(elem_id="history-details")
 
-    def rows() -> str:
-        found = [(run.created, run.kind, run.title) for run in context.runs.entries()]
-        return html.table(("when", "kind", "what"), found)
+    def refresh(current: str | None) -> tuple[Any, Any]:
+        choices = run_choices(context, *KINDS)
+        known = current if current in [run_id for _, run_id in choices] else None
+        heading = gr.skip() if known else _start(context)
+        return gr.update(choices=choices, value=known), heading
 
-    again.click(rows, None, shown)
+    def show(run_id: str | None) -> tuple[str, str, str]:
+        if not run_id:
+            return _start(context), "", ""
+        try:
+            run = context.runs.open(run_id)
+            return _heading(context, run), *_view(run)
+        except DitToolsError as error:
+            return html.alert(sentence(error)), "", ""
+
+    again.click(refresh, picked, [picked, heading], show_progress="hidden")
+    on_tab_select(refresh, picked, [picked, heading])
+    picked.change(show, picked, [heading, player, details], show_progress="hidden")
+
+
+def _start(context: Context) -> str:
+    count = len(context.runs.entries())
+    if not count:
+        return html.empty(NOTHING)
+    return html.empty(f"{count} {'run is' if count == 1 else 'runs are'} kept. Choose one above.")
+
+
+def _heading(context: Context, run: Run) -> str:
+    when = run.created[:16].replace("T", " ")
+    problems = context.runs.verify(run)
+    damaged = html.alert(f"This run is not whole: {'; '.join(problems)}.") if problems else ""
+    return f'<h2 class="dt-title">{escape(run.title)}</h2><p>{when} UTC, {run.kind}</p>{damaged}'
+
+
+def _view(run: Run) -> tuple[str, str]:
+    """Return player and details; runs of other kinds show their facts and files."""
+    try:
+        if run.kind == generation.KIND:
+            return result.view(run)
+    except (KeyError, TypeError, ValueError) as error:
+        return "", html.alert(f"This run cannot be shown: its run.json lacks {error}.")
+    rows = [(name, _short(value)) for name, value in run.facts.items()]
+    return "", html.table(("fact", "value"), rows) + result.downloads(run)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,0 +1,65 @@
+"""Plans that people upload: data, small, and read by the same checks as any plan file."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dittools.errors import InputError, PlanError
+from dittools.plans import Plan
+
+MOST_PLAN_BYTES = 1_000_000  # of the JSON; a plan of a 60-layer model has about 100 kB
+MOST_TENSOR_BYTES = 64_000_000
+
+
+def read_plan(paths: Sequence[str | Path]) -> Plan:
+    """Return the plan of an upload: one .json, and its .safetensors file where it has one.
+
+    Raises:
+        InputError: no file, too many, or too large.
+        PlanError: the plan is damaged, of another format, or lacks its tensors.
+    """
+    files = [Path(path) for path in paths]
+    plans = [path for path in files if path.suffix == ".json"]
+    tensors = [path for path in files if path.suffix == ".safetensors"]
+    if len(plans) != 1 or len(tensors) > 1 or len(plans) + len(tensors) != len(files):
+        names = ", ".join(path.name for path in files) or "nothing"
+        raise InputError(
+            "no plan was uploaded", expected="one .json file, and its .safetensors", got=names
+        )
+    for path, most in ((plans[0], MOST_PLAN_BYTES), *((t, MOST_TENSOR_BYTES) for t in tensors)):
+        size = path.stat().st_size
+        if size > most:
+            raise InputError(
+                f"{path.name} is too large", expected=f"at most {most} bytes", got=str(size)
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            content = json.loads(plans[0].read_bytes())
+            named = content["tensors"]["file"] if "tensors" in content else ""
+        except (ValueError, KeyError, TypeError, RecursionError):
+            named = ""  # `Plan.load` says what is wrong, in its own words
+        copies = [Path(folder) / plans[0].name]
+        copies[0].write_bytes(plans[0].read_bytes())
+        # pages store uploads under names of their own, so the plan's word for the file counts
+        if tensors and isinstance(named, str) and Path(named).name == named and named:
+            (Path(folder) / named).write_bytes(tensors[0].read_bytes())
+        try:
+            return Plan.load(copies[0])
+        except RecursionError as error:
+            raise PlanError(f"{plans[0].name} is nested too deeply", expected="a plan") from error
+        except PlanError as error:
+            raise PlanError(str(error).replace(f"{folder}/", "")) from error
+
+
+def describe_plan(plan: Plan) -> str:
+    """Return one line on a plan: rules, methods, schedule, model."""
+    methods = ", ".join(dict.fromkeys(rule.method.name for rule in plan.rules)) or "dense only"
+    count = len(plan.rules)
+    text = f"{count} rule{'' if count == 1 else 's'}: {methods}"
+    first = plan.schedule.dense_first_steps
+    if first:
+        text += f"; first {first:.0%} of the steps dense" if first < 1 else f"; first {first} dense"
+    if plan.model is not None:
+        text += f"; for {plan.model.class_name} with {plan.model.layers} layers"
+    return text
