@@ -151,10 +151,16 @@ HEADINGS = (
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """Return the cells of the latency table; bound is Amdahl's at the case's density / at zero."""
+    from dittools.commands.latency import PARTS
+
     rows = []
     for case in results["cases"]:
         total, ratio, peak = case["total_ms"], case["speedup"], case["peak_bytes"]
-        parts = [f"{part['median']:.1f}" for part in case["parts_ms"].values()]
+        # a result without one of the parts, a limit or a peak leaves its cell empty
+        parts = [
+            f"{case['parts_ms'][name]['median']:.1f}" if name in case["parts_ms"] else ""
+            for name in PARTS
+        ]
         rows.append(
             (
                 case["name"],
@@ -163,7 +169,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 f"{case['density']:.2f}",
                 f"{ratio['median']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})",
                 f"{case['bound_at_density']:.2f} / {case['bound']:.2f}",
-                f"{case['limit_ms']:.1f}",
+                "" if case["limit_ms"] is None else f"{case['limit_ms']:.1f}",
                 f"{peak / 2**20:.0f}" if peak else "",
                 f"{case['fidelity']['psnr_db']:.1f}" if case["fidelity"] else "",
             )

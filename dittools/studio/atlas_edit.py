@@ -1,0 +1,215 @@
+"""A head atlas being edited: which candidate every head runs, and the plan that makes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dittools.errors import InputError
+from dittools.methods import build
+from dittools.plans import ModelFacts, Plan, Rule
+
+SCOPES = ("this head", "the whole layer", "every head of this class")
+EVERY = -1  # stands for all step ranges
+_KEYS = ("layers", "heads", "ranges", "range_steps", "bands", "uniform", "candidates", "cells")
+
+
+@dataclass(frozen=True)
+class AtlasEdit:
+    """An atlas and the choices on it; editing returns a new one.
+
+    Attributes:
+        found: the atlas, as `searching.inspect.atlas` returns it.
+        choice: candidate per cell, in the order of the atlas.
+        name: run it came from, for the plan's provenance.
+    """
+
+    found: dict[str, Any]
+    choice: tuple[int, ...]
+    name: str = ""
+
+    @staticmethod
+    def start(found: dict[str, Any], name: str = "") -> "AtlasEdit":
+        """Return an atlas with the choices it came with."""
+        return AtlasEdit(found, tuple(cell["choice"] for cell in found["cells"]), name)
+
+    @property
+    def parts(self) -> list[int]:
+        """Step ranges that hold a step of the run."""
+        return [part for part, steps in enumerate(self.found["range_steps"]) if steps]
+
+    @property
+    def edited(self) -> frozenset[int]:
+        """Cells whose choice is no longer the one the atlas came with."""
+        cells = self.found["cells"]
+        return frozenset(n for n, c in enumerate(self.choice) if c != cells[n]["choice"])
+
+    def index(self, layer: int, head: int, part: int) -> int:
+        """Return the place of a cell.
+
+        Raises:
+            InputError: the atlas has no such layer, head or step range.
+        """
+        ranges, heads = len(self.found["ranges"]) - 1, self.found["heads"]
+        limits = ((layer, self.found["layers"]), (head, heads), (part, ranges))
+        if not all(0 <= value < limit for value, limit in limits):
+            raise InputError("the atlas has no such head", got=f"layer {layer}, head {head}")
+        return int((layer * ranges + part) * heads + head)
+
+    def density(self) -> float:
+        """Return the mean share of query-key pairs of the choices over the run."""
+        weights = self.found["range_steps"]
+        pairs = [
+            (weights[cell["range"]], self.found["candidates"][choice]["density"])
+            for cell, choice in zip(self.found["cells"], self.choice, strict=True)
+        ]
+        return float(sum(w * d for w, d in pairs) / sum(w for w, _ in pairs))
+
+    def reach(self, layer: int, head: int, part: int, scope: str, every_range: bool) -> list[int]:
+        """Return the cells a choice acts on: a head, its layer, or all heads of its class.
+
+        A class is compared at the step range that is open.
+        """
+        self.index(layer, head, part)
+        kind = self.found["cells"][self.index(layer, head, part)]["class"]
+        chosen = {
+            (one, other)
+            for one in range(self.found["layers"])
+            for other in range(self.found["heads"])
+            if (one, other) == (layer, head)
+            or (scope == SCOPES[1] and one == layer)
+            or (
+                scope == SCOPES[2]
+                and self.found["cells"][self.index(one, other, part)]["class"] == kind
+            )
+        }
+        parts = self.parts if every_range else [part]
+        return sorted(self.index(one, other, p) for one, other in chosen for p in parts)
+
+    def with_choice(self, cells: Sequence[int], candidate: int) -> "AtlasEdit":
+        """Return the atlas with a candidate on some cells.
+
+        Raises:
+            InputError: there is no such candidate, or it cannot run there.
+        """
+        known = self.found["candidates"]
+        if not 0 <= candidate < len(known):
+            raise InputError("the atlas has no such candidate", got=str(candidate))
+        reason = self.refusal(candidate, cells)
+        if reason:
+            raise InputError(f"{known[candidate]['name']} cannot be chosen", got=reason)
+        chosen = list(self.choice)
+        for cell in cells:
+            chosen[cell] = candidate
+        return replace(self, choice=tuple(chosen))
+
+    def refusal(self, candidate: int, cells: Sequence[int]) -> str:
+        """Return why a candidate cannot be chosen on some cells; empty when it can."""
+        if self.found["candidates"][candidate]["params"] is None:
+            return "its parameters are tensors, which only a search can store"
+        if any(self.found["cells"][cell]["error"][candidate] is None for cell in cells):
+            return "it cannot run on this head"
+        return ""
+
+    def restored(self, cells: Sequence[int]) -> "AtlasEdit":
+        """Return the atlas with some cells as they came."""
+        chosen = list(self.choice)
+        for cell in cells:
+            chosen[cell] = self.found["cells"][cell]["choice"]
+        return replace(self, choice=tuple(chosen))
+
+
+def plan_of(edit: AtlasEdit) -> Plan:
+    """Return the plan of the choices; dense needs no rule.
+
+    Neighbouring step ranges, and layers that treat the same heads alike, share a rule.
+
+    Raises:
+        InputError: a choice the atlas came with has tensors for parameters.
+    """
+    groups: dict[tuple[int, tuple[int, ...], tuple[int, int]], list[int]] = {}
+    for layer in range(edit.found["layers"]):
+        for candidate, heads, span in _runs(edit, layer):
+            groups.setdefault((candidate, heads, span), []).append(layer)
+    everyone = edit.found["heads"]
+    rules = tuple(
+        Rule(
+            _method(edit, candidate),
+            layers=tuple(layers),
+            heads="all" if len(heads) == everyone else heads,
+            steps=_steps(edit, span),
+        )
+        for (candidate, heads, span), layers in sorted(groups.items(), key=lambda g: (g[1], g[0]))
+    )
+    model = edit.found["model"]
+    return Plan(
+        rules,
+        model=ModelFacts(model["class"], model["layers"], model["heads"], model["head_dim"]),
+        provenance={"by": "edited in the dittools studio", "atlas": edit.name},
+    )
+
+
+def _runs(edit: AtlasEdit, layer: int) -> list[tuple[int, tuple[int, ...], tuple[int, int]]]:
+    """Return (candidate, heads, (first range, last range)) of a layer."""
+    found: list[tuple[int, tuple[int, ...], tuple[int, int]]] = []
+    parts = edit.parts
+    for place, part in enumerate(parts):
+        chosen = [edit.choice[edit.index(layer, h, part)] for h in range(edit.found["heads"])]
+        for candidate in sorted(set(chosen) - {0}):
+            heads = tuple(h for h, c in enumerate(chosen) if c == candidate)
+            before = parts[place - 1] if place else None
+            same = [
+                n
+                for n, (c, m, span) in enumerate(found)
+                if (c, m) == (candidate, heads) and span[1] == before
+            ]
+            if same:
+                found[same[0]] = (candidate, heads, (found[same[0]][2][0], part))
+            else:
+                found.append((candidate, heads, (part, part)))
+    return found
+
+
+def _steps(edit: AtlasEdit, span: tuple[int, int]) -> Literal["all"] | tuple[float, float]:
+    """Return the share of the run a span covers, ranges without a step behind it included."""
+    parts, edges = edit.parts, edit.found["ranges"]
+    following = [part for part in parts if part > span[1]]
+    start, stop = edges[span[0]], edges[following[0]] if following else edges[-1]
+    return "all" if (start, stop) == (0, 1) else (start, stop)
+
+
+def _method(edit: AtlasEdit, candidate: int) -> Any:
+    entry = edit.found["candidates"][candidate]
+    if entry["params"] is None:
+        raise InputError(
+            f"{entry['name']} cannot be stored from the atlas",
+            got="parameters that are tensors",
+            remedy="another choice for its heads, or the plan of the search itself",
+        )
+    return build(entry["method"], entry["params"])
+
+
+def read_atlas(path: Path) -> dict[str, Any]:
+    """Return the atlas of a file.
+
+    Raises:
+        InputError: it cannot be read, or is no atlas with a model.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read the atlas {path.name}",
+            got=getattr(error, "strerror", None) or "no JSON",
+            remedy="make the atlas again",
+        ) from error
+    missing = [key for key in (*_KEYS, "model") if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise InputError(f"{path.name} is no head atlas", expected=", ".join(missing))
+    count = found["layers"] * found["heads"] * (len(found["ranges"]) - 1)
+    if len(found["cells"]) != count:
+        raise InputError(
+            f"{path.name} is incomplete", expected=f"{count} cells", got=str(len(found["cells"]))
+        )
+    return dict(found)
