@@ -39,6 +39,8 @@ class BlockMask:
         tiles: uint8 [n, q_block, ceil(kv_block / 8)], bit j of byte i is key 8 i + j.
         order: slots the blocks are cut from; None means the sequence as it stands.
         q_tokens, kv_tokens: length of the sequence; 0 means whole blocks.
+        pairs: float64 [H or 1], the pairs really kept, for whole blocks whose padding the caller
+            leaves out by other means; None counts what the blocks and bit tiles say.
     """
 
     keep: torch.Tensor
@@ -48,6 +50,7 @@ class BlockMask:
     order: TokenOrder | None = None
     q_tokens: int = 0
     kv_tokens: int = 0
+    pairs: torch.Tensor | None = None
     _cache: dict[str, BlockLists] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -115,12 +118,16 @@ class BlockMask:
 
         Without bit tiles every block counts whole, a ragged tail too; with them it is exact.
         """
-        if self.tiles is None:
+        if self.tiles is None and self.pairs is None:
             return self.computed
         return float(self.head_density().mean())
 
     def head_density(self) -> torch.Tensor:
         """Return float64 [H or 1]: `density` per head."""
+        if self.pairs is not None:
+            return self.pairs / (
+                (self.q_tokens or self.q_slots) * (self.kv_tokens or self.kv_slots)
+            )
         if self.tiles is None or self.tile_index is None:
             return self.keep.double().mean(dim=(1, 2))
         bits = unpack_bits(self.tiles, self.kv_block).sum(dim=(1, 2)).double()
@@ -166,6 +173,7 @@ class BlockMask:
             if shared or self.tile_index is None
             else self.tile_index[index],
             order=order,
+            pairs=self.pairs if shared or self.pairs is None else self.pairs[index],
             _cache={},
         )
 
@@ -179,6 +187,7 @@ class BlockMask:
             tile_index=None if self.tile_index is None else self.tile_index.to(device),
             tiles=None if self.tiles is None else self.tiles.to(device),
             order=None if self.order is None else self.order.to(device),
+            pairs=None if self.pairs is None else self.pairs.to(device),
             _cache={
                 name: BlockLists(*(t.to(device) for t in lists))
                 for name, lists in self._cache.items()

@@ -8,6 +8,8 @@ from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
 from dittools.methods.vmoba import KINDS, VMoBA, block_keys, block_sides, partition, select
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
 
 BACKEND = ReferenceBackend()
 RULES = ("local_top_k", "global_top_k", "local_threshold", "global_threshold")
@@ -16,6 +18,13 @@ RULES = ("local_top_k", "global_top_k", "local_threshold", "global_threshold")
 def call_of(grid: TokenGrid, layer: int = 0, batch: int = 1) -> AttentionCall:
     q, k, v = (torch.randn(batch, grid.total, 3, 8) for _ in range(3))
     return AttentionCall(q, k, v, grid, layer=layer)
+
+
+def counted_density(call: AttentionCall, method: VMoBA) -> float:
+    """Return the density a report would show for one call."""
+    meter = Meter(BACKEND, call, lambda: BACKEND.dense(call), Stopwatch())
+    method.attend(call, meter)
+    return float(meter.density(call))
 
 
 def chosen_by_definition(call: AttentionCall, method: VMoBA, item: int) -> torch.Tensor:
@@ -47,6 +56,20 @@ def test_gathered_passes_equal_the_masked_softmax(grid: TokenGrid, rule: str, la
         q, k, v = (x[item].transpose(0, 1) for x in (call.query, call.key, call.value))
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         torch.testing.assert_close(out[item], expected.transpose(0, 1), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("grid", [TokenGrid(6, 4, 5), TokenGrid(5, 7, 9, 4, 3)], ids=str)
+def test_the_report_counts_the_kept_pairs(grid: TokenGrid, layer: int) -> None:
+    call, method = call_of(grid, layer), VMoBA(block_size=32, spatial=(2, 3), box=(3, 3, 3))
+    expected = chosen_by_definition(call, method, 0).double().mean()
+    assert counted_density(call, method) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_equal_blocks_have_the_published_density() -> None:
+    method = VMoBA(top_k=2, temporal=1, spatial=(3, 3), box=(4, 3, 2), block_size=16)
+    shares = [counted_density(call_of(TokenGrid(8, 6, 6), layer), method) for layer in range(3)]
+    assert shares == pytest.approx([2 / 8, 2 / 4, 2 / 12])  # kept blocks over blocks, per layer
 
 
 def test_padded_text_keys_stay_out() -> None:

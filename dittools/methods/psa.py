@@ -96,7 +96,8 @@ def block_importance(
 ) -> torch.Tensor:
     """Return float32 [H, blocks, blocks], rows sum to 1: the largest sampled score of each pair.
 
-    Scores enter as exp(score - largest score of the query), the authors' choice.
+    Scores enter as exp(score - largest score of the query), the authors' choice. Products are taken
+    in the dtype of the call.
 
     Args:
         query: [1, S, H, D].
@@ -104,7 +105,7 @@ def block_importance(
         tokens: grid tokens, which fill the first slots.
         size: tokens per block.
         sample: every how many tokens are looked at.
-        scale: factor on the scores.
+        scale: factor on the scores, above 0.
         order: slots the blocks are cut from, one for all heads; None takes the tokens as they are.
     """
     blocks, heads = -(-tokens // size), query.shape[2]
@@ -114,14 +115,14 @@ def block_importance(
     if order is not None:
         slot = order.index[0, slot]
     each = slot.shape[1]  # sampled tokens per block
-    rows = query[0, slot.flatten()].transpose(0, 1).float()
+    rows = query[0, slot.flatten()].transpose(0, 1).contiguous()
     # columns stand sample after sample, so that a maximum over one block's goes along whole rows
-    columns = key[0, slot.t().flatten()].permute(1, 2, 0).float().contiguous() * scale
+    columns = key[0, slot.t().flatten()].permute(1, 2, 0).contiguous()
     out = torch.empty((heads, blocks, blocks), device=query.device)
     step = max(1, _CHUNK // (heads * blocks * each * each))  # query blocks at a time
     for first in range(0, blocks, step):
         scores = rows[:, first * each : (first + step) * each] @ columns
-        best = scores.unflatten(2, (each, blocks)).amax(2)
+        best = scores.unflatten(2, (each, blocks)).amax(2).float() * scale
         weights = best.sub_(best.amax(-1, keepdim=True)).exp_()
         out[:, first : first + step] = weights.unflatten(1, (-1, each)).amax(2)
     return out / out.sum(-1, keepdim=True)
@@ -201,28 +202,41 @@ def attend_levels(
         count_bias: whether pooled keys get the log of the tokens they stand for.
     """
     grid, blocks = call.grid, levels.shape[1]
-    wide = torch.promote_types(call.key.dtype, torch.float32)
-    count = (order.index[0, : blocks * block_size] >= 0).float()
-    sums = [order.apply(x)[0, : blocks * block_size].to(wide) for x in (call.key, call.value)]
-    keys, values, biases = [call.key], [call.value], [_own_bias(call)]
-    for _ in FACTORS[1:]:  # each level from the one before
-        count = count.unflatten(0, (-1, 2)).sum(1)
-        sums = [x[0::2] + x[1::2] for x in sums]
-        share = (1 / count.clamp(min=1))[:, None, None]
-        for source, parts in zip(sums, (keys, values), strict=True):
-            parts.append((source * share).to(call.key.dtype)[None])
-        bias = count.log() if count_bias else torch.where(count > 0, 0.0, float("-inf"))
-        biases.append(bias[None, None].expand(1, biases[0].shape[1], -1))
-    extended = replace(
-        call,
-        key=torch.cat(keys, dim=1),
-        value=torch.cat(values, dim=1),
-        key_mask=None,
-        key_bias=torch.cat(biases, dim=2),
-    )
+    keys, values, bias = _pyramid(call, order, blocks * block_size, count_bias)
+    extended = replace(call, key=keys, value=values, key_mask=None, key_bias=bias)
     mask = _level_mask(levels, grid, order, block_size, int(extended.key.shape[1]))
     out = attend_exactly(extended, backend, mask)
     return backend.dense(call) if out is None else out
+
+
+def _pyramid(
+    call: AttentionCall, order: TokenOrder, slots: int, count_bias: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return keys, values and their bias: the sequence's own, then pooled by 2, 4 and 8.
+
+    Args:
+        call: batch 1.
+        order: the order that is pooled.
+        slots: leading slots that are pooled, a multiple of 8.
+        count_bias: whether pooled keys get the log of the tokens they stand for.
+    """
+    own = call.key.shape[1]
+    wide = torch.promote_types(call.key.dtype, torch.float32)
+    made = [x.new_empty((1, own + slots // 8 * 7, *x.shape[2:])) for x in (call.key, call.value)]
+    sums = [order.apply(x)[0, :slots].to(wide) for x in (call.key, call.value)]
+    made[0][:, :own], made[1][:, :own] = call.key, call.value
+    count = (order.index[0, :slots] >= 0).float()
+    biases = [_own_bias(call)]
+    for factor in FACTORS[1:]:  # each level from the one before
+        count = count.unflatten(0, (-1, 2)).sum(1)
+        sums = [x[0::2] + x[1::2] for x in sums]
+        share = (1 / count.clamp(min=1))[:, None, None]
+        for source, target in zip(sums, made, strict=True):
+            target[0, own : own + slots // factor] = source * share
+        own += slots // factor
+        bias = count.log() if count_bias else torch.where(count > 0, 0.0, float("-inf"))
+        biases.append(bias[None, None].expand(1, biases[0].shape[1], -1))
+    return made[0], made[1], torch.cat(biases, dim=2)
 
 
 def _own_bias(call: AttentionCall) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 Source: arXiv:2506.23858 and KwaiVGI/VMoBA. The shape of the blocks cycles over the layers: whole
 frames, spatial tiles through all frames, boxes. Untrained models take the paper's local top-k; its
-global threshold rule is for trained ones. Exact per token: queries are gathered by chosen block,
-one pass per choice, and merged by log-sum-exp. Differences: grids that the blocks do not divide get
-shorter blocks at the end; nothing chosen beyond the own block means the own block, not dense; where
-all scores are equal a threshold keeps everything; text keys are always seen, text queries dense.
+global threshold rule is for trained ones. Exact per token: a query is computed once per chosen
+block, among the queries that chose it too, and its parts are merged by log-sum-exp. Differences:
+grids that the blocks do not divide get shorter blocks at the end; nothing chosen beyond the own
+block means the own block, not dense; where all scores are equal a threshold keeps everything; text
+keys are always seen, text queries dense.
 """
 
 import math
@@ -18,12 +19,13 @@ import torch
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
-from dittools.mask import BlockMask
 from dittools.methods.base import attend_masked, attend_per_item, bad_param, check_params, param
+from dittools.methods.key_blocks import KeyBlocks
 from dittools.methods.selection import block_means, keep_top, row_mask
 from dittools.order import TokenOrder
 
 _GATE_SCORES = 2**25
+_COPIES = 2**27  # elements of gathered queries held at a time
 KINDS = ("temporal", "spatial", "box")
 _PUBLISHED: dict[tuple[int, int, int], dict[str, tuple[int, int, int]]] = {
     (21, 30, 52): {"temporal": (3, 30, 52), "spatial": (21, 5, 13), "box": (7, 5, 13)},
@@ -204,7 +206,8 @@ def choices(
         scores = query[:, part].transpose(0, 1).float() @ means[part]
         if method.rule == "local_top_k":
             mine = own[None, :, None].expand(len(scores), -1, 1)
-            found.append(scores.scatter(-1, mine, float("inf")).topk(top_k, dim=-1).indices)
+            scores.scatter_(-1, mine, float("inf"))
+            found.append(scores.topk(top_k, dim=-1, sorted=False).indices)
             continue
         kept = select(scores, own, method.rule, top_k, method.threshold)
         most = int(kept.sum(-1).max())
@@ -218,20 +221,22 @@ def choices(
 def _attend_tokens(
     call: AttentionCall, backend: Backend, method: VMoBA, block: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """Run one pass per choice: the j-th block of every query, queries gathered by that block."""
+    """Run every query once per block it chose, and merge the parts; heads in bounded chunks."""
     block = block.to(call.query.device)
     video = _video(call.grid)
     means = block_keys(call.key[0, video], block)
     choice = choices(call.query[0, video], means, block, method, top_k)
-    keys = _KeyBlocks(call, block, method.block_size)
-    out, lse = keys.attend(backend, choice[..., 0], with_text=True)
-    total = out.float()
-    for j in range(1, choice.shape[2]):
-        part, part_lse = keys.attend(backend, choice[..., j], with_text=False)
-        both = torch.logaddexp(lse, part_lse)
-        total = total * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
-        lse = both
-    return _with_text_rows(call, backend, total.transpose(0, 1).to(call.query.dtype)[None])
+    if call.grid.text:  # one more block, which every query sees
+        choice = torch.nn.functional.pad(choice + (choice == means.shape[2]), (0, 1))
+        choice[..., -1] = means.shape[2]
+    keys = KeyBlocks(call, block, method.block_size)
+    chunk = max(1, _COPIES // (choice[0].numel() * call.query.shape[3]))
+    parts = [
+        keys.attend(backend, choice[first : first + chunk], first)
+        for first in range(0, call.head_count, chunk)
+    ]
+    total = torch.cat(parts).transpose(0, 1).to(call.query.dtype)[None]
+    return _with_text_rows(call, backend, total)
 
 
 def _with_text_rows(call: AttentionCall, backend: Backend, video: torch.Tensor) -> torch.Tensor:
@@ -244,98 +249,6 @@ def _with_text_rows(call: AttentionCall, backend: Backend, video: torch.Tensor) 
     )
     text = backend.dense(replace(call, query=rows, grid=TokenGrid(1, 1, grid.text)))
     return torch.cat((text[:, : grid.text_before], video, text[:, grid.text_before :]), dim=1)
-
-
-class _KeyBlocks:
-    """The keys of one call laid out by block, every block padded to whole tiles."""
-
-    def __init__(self, call: AttentionCall, block: torch.Tensor, tile: int) -> None:
-        self.call, self.tile = call, tile
-        grid, device = call.grid, call.query.device
-        video = _video(grid)
-        group = torch.full((grid.total,), int(block.max()) + 1, device=device)
-        group[video] = block
-        self.blocks = int(block.max()) + 1
-        counts = torch.bincount(group, minlength=self.blocks + 1)
-        self.tiles = -(-counts // tile)  # per block, the text group last
-        start = (self.tiles.cumsum(0) - self.tiles) * tile
-        by_block = group.argsort(stable=True)
-        rank = (
-            torch.arange(grid.total, device=device) - (counts.cumsum(0) - counts)[group[by_block]]
-        )
-        self.slot = start[group[by_block]] + rank
-        self.slots = int(self.tiles.sum()) * tile
-        self.has_text = grid.text > 0
-        # a call needs as many keys as queries, and every block may end in a ragged query tile
-        slots = max(self.slots, (-(-grid.tokens // tile) + self.blocks + 1) * tile)
-        key = call.key.new_zeros((1, slots, *call.key.shape[2:]))
-        value = torch.zeros_like(key)
-        key[0, self.slot], value[0, self.slot] = call.key[0, by_block], call.value[0, by_block]
-        bias = call.additive_mask()
-        heads = 1 if bias is None else bias.shape[1]
-        self.bias = torch.full((1, heads, slots), float("-inf"), device=device)
-        self.bias[0, :, self.slot] = 0.0 if bias is None else bias[0][:, by_block].float()
-        self.key, self.value = key, value
-        owner = torch.arange(self.blocks + 1, device=device).repeat_interleave(self.tiles)
-        self.owner = torch.nn.functional.pad(owner, (0, slots // tile - len(owner)), value=-1)
-        video_rows = call.query[0, video].transpose(0, 1)
-        padded = torch.nn.functional.pad(video_rows, (0, 0, 0, 1))  # the last row is a hole
-        self.rows = padded.reshape(-1, call.query.shape[3])
-
-    def attend(
-        self, backend: Backend, choice: torch.Tensor, with_text: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out [H, S, D] and log-sum-exp [H, S] of the grid's queries over one block each.
-
-        Args:
-            backend: runs the attention.
-            choice: int64 [H, S], the block each query sees; `blocks` for none.
-            with_text: whether all queries also see the text.
-        """
-        heads, tokens = choice.shape
-        tile, device = self.tile, choice.device
-        counts = torch.zeros((heads, self.blocks + 1), dtype=torch.long, device=device)
-        counts.scatter_add_(1, choice, torch.ones_like(choice))
-        tiles = -(-counts // tile)
-        start = (tiles.cumsum(1) - tiles) * tile
-        order = choice.argsort(dim=1, stable=True)
-        chosen = choice.gather(1, order)
-        rank = torch.arange(tokens, device=device) - (counts.cumsum(1) - counts).gather(1, chosen)
-        slot = torch.empty_like(order).scatter_(1, order, start.gather(1, chosen) + rank)
-        q_tiles = int(tiles.sum(1).max())
-        head = torch.arange(heads, device=device)[:, None]
-        token = torch.full((heads, q_tiles * tile), tokens, device=device)
-        token.scatter_(1, slot, torch.arange(tokens, device=device).expand(heads, -1))
-        query = self.rows.index_select(0, (token + head * (tokens + 1)).flatten())
-        query = query.view(1, heads, q_tiles * tile, -1).transpose(1, 2)
-        ends = tiles.cumsum(1)
-        of_tile = torch.searchsorted(
-            ends, torch.arange(q_tiles, device=device).expand(heads, -1).contiguous(), right=True
-        )  # block of every query tile; past the last, blocks + 1
-        keep = (of_tile[..., None] == self.owner) & (self.owner < self.blocks)
-        if with_text and self.has_text:
-            keep |= self.owner == self.blocks
-        return self._run(backend, query, keep, slot)
-
-    def _run(
-        self, backend: Backend, query: torch.Tensor, keep: torch.Tensor, slot: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        call = AttentionCall(
-            query,
-            self.key,
-            self.value,
-            TokenGrid(1, 1, query.shape[1]),
-            scale=self.call.scale,
-            key_bias=self.bias,
-        )
-        mask = BlockMask(keep, self.tile, q_tokens=query.shape[1], kv_tokens=self.key.shape[1])
-        out, lse = backend.block_sparse(call, mask, return_lse=True)
-        at = (
-            slot + torch.arange(len(slot), device=slot.device)[:, None] * query.shape[1]
-        ).flatten()
-        out = out[0].transpose(0, 1).reshape(-1, out.shape[3]).index_select(0, at)
-        lse = lse[0].t().reshape(-1).index_select(0, at)
-        return out.view(*slot.shape, -1), lse.view(slot.shape)
 
 
 def _attend_tiles(

@@ -109,7 +109,7 @@ def mask_density(mask: BlockMask) -> float | torch.Tensor:
     """
     if mask not in _DENSITY:
         if mask.tiles is None and mask.keep.device.type != "cpu":
-            _DENSITY[mask] = mask.keep.double().mean()
+            _DENSITY[mask] = mask.head_density().mean()
         else:
             _DENSITY[mask] = mask.density
     return _DENSITY[mask]
