@@ -1,5 +1,6 @@
 """Ready pipelines by name, and running them."""
 
+from dittools.pipelines.freeswim import freeswim
 from dittools.pipelines.load import load, names
 
-__all__ = ["load", "names"]
+__all__ = ["freeswim", "load", "names"]

@@ -3,7 +3,7 @@
 import inspect
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -64,20 +64,29 @@ class Run:
     seconds: float
 
 
-def generate(pipe: Any, settings: Settings, progress: Progress | None = None) -> Run:
+def generate(
+    pipe: Any,
+    settings: Settings,
+    progress: Progress | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Run:
     """Return the frames a stock pipeline makes for some settings.
 
     Args:
         pipe: any diffusers pipeline; called unchanged, with the arguments it accepts.
         settings: what to generate.
         progress: called after every denoising step, where the pipeline offers a callback.
+        extra: further arguments of the pipeline's call; they go before the settings.
     Raises:
         InputError: the pipeline refuses the size, takes no prompt, or returns NaN frames.
     """
-    arguments = call_arguments(pipe, settings)
+    arguments = {**call_arguments(pipe, settings), **(extra or {})}
     total = settings.steps or int(arguments.get("num_inference_steps", 0))
     check_size(pipe, settings)
     accepted = inspect.signature(type(pipe).__call__).parameters
+    unknown = [name for name in extra or () if name not in accepted]
+    if unknown:
+        raise InputError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
     if progress is not None and "callback_on_step_end" in accepted:
 
         def after_step(_pipe: Any, step: int, _time: Any, state: dict[str, Any]) -> dict[str, Any]:

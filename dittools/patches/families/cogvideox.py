@@ -1,5 +1,6 @@
 """CogVideoX 2B, 5B and 1.5: joint attention over [text, video]."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from dittools.grid import TokenGrid
 from dittools.patches.adapters import Family, Layout, argument, patch_of, patched, register_family
+from dittools.patches.refining import Refining, encoded
 
 
 def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
@@ -24,6 +26,30 @@ def variant(denoiser: torch.nn.Module, components: Mapping[str, Any]) -> str:
     return "cogvideox15" if getattr(denoiser.config, "patch_size_t", None) else ""
 
 
+def native(pipe: Any) -> tuple[int, int]:
+    """The sample size of the config, in latents."""
+    config, side = pipe.transformer.config, pipe.vae_scale_factor_spatial
+    return config.sample_height * side, config.sample_width * side
+
+
+def token(pipe: Any) -> int:
+    """Pixels along a side of the codec's block times the patch."""
+    return int(pipe.vae_scale_factor_spatial * patch_of(pipe.transformer))
+
+
+def multiple(pipe: Any) -> int:
+    """Whole tokens, and the 8 the pipeline asks for."""
+    return math.lcm(8, token(pipe))
+
+
+def encode(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Scale, put frames before channels, and lead with the frames that 1.5 drops in the end."""
+    latents = encoded(pipe, pixels).transpose(1, 2) * pipe.vae_scaling_factor_image
+    time = getattr(pipe.transformer.config, "patch_size_t", None) or 1
+    missing = -latents.shape[1] % time
+    return torch.cat((latents[:, :1].expand(-1, missing, -1, -1, -1), latents), dim=1)
+
+
 FAMILY = register_family(
     Family(
         "cogvideox",
@@ -32,5 +58,6 @@ FAMILY = register_family(
         layout,
         batched=("uncond", "cond"),
         variant=variant,
+        refining=Refining(native, token, multiple, encode),
     )
 )

@@ -1,5 +1,6 @@
 """HunyuanVideo and 1.5: joint attention over [video, text, padding]."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from dittools.grid import TokenGrid
 from dittools.patches.adapters import Family, Layout, argument, patch_of, patched, register_family
+from dittools.patches.refining import Refining, called_size, encoded
 
 
 def video(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> tuple[int, int, int]:
@@ -30,6 +32,21 @@ def layout15(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
     return Layout((TokenGrid(*video(arguments, denoiser)),), text_up_to=text)
 
 
+def token(pipe: Any) -> int:
+    """Pixels along a side of the codec's block times the patch."""
+    return int(pipe.vae_scale_factor_spatial * patch_of(pipe.transformer))
+
+
+def multiple(pipe: Any) -> int:
+    """Whole tokens, and the 16 the pipeline asks for."""
+    return math.lcm(16, token(pipe))
+
+
+def encode(pipe: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """One factor for all channels."""
+    return encoded(pipe, pixels) * float(pipe.vae.config.scaling_factor)
+
+
 HUNYUAN_VIDEO = register_family(
     Family(
         "hunyuan_video",
@@ -37,6 +54,7 @@ HUNYUAN_VIDEO = register_family(
         (r"transformer_blocks\.\d+\.attn", r"single_transformer_blocks\.\d+\.attn"),
         layout,
         branches=("cond", "uncond"),
+        refining=Refining(called_size, token, multiple, encode),
     )
 )
 HUNYUAN_VIDEO15 = register_family(
