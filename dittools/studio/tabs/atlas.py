@@ -12,9 +12,7 @@ import gradio as gr
 
 from dittools.errors import DitToolsError
 from dittools.methods import METHODS
-from dittools.metrics.results import checksum
 from dittools.pipelines.demo import DEFAULT_PROMPT
-from dittools.pipelines.output import write_text
 from dittools.studio import atlas_view, html
 from dittools.studio.atlas_edit import SCOPES, AtlasEdit, plan_of, read_atlas
 from dittools.studio.context import Context
@@ -24,6 +22,7 @@ from dittools.studio.sizes import prompts_of, settings_for
 from dittools.studio.tabs.jobs import (
     controls,
     follow,
+    offer,
     on_tab_select,
     run_choices,
     sentence,
@@ -33,7 +32,6 @@ from dittools.studio.tabs.jobs import (
 EMPTY = (
     "No atlas is open. Measure the heads of the model above, or open a finished atlas or search."
 )
-PLANS = "plans"  # below the run folder: plans offered to the next generation, by checksum
 _CLICK_HEAD = """
 element.addEventListener('click', (event) => {
   const cell = event.target.closest('button[data-layer]');
@@ -263,15 +261,9 @@ def plan_text(edit: AtlasEdit) -> str:
 
 
 def _use(context: Context, edit: AtlasEdit | None) -> tuple[Any, str]:
-    """Write the plan under its checksum, so that later edits do not change what was offered."""
     if edit is None:
         return gr.skip(), html.alert("No atlas is open.")
     try:
-        text = plan_text(edit)
-        path = context.runs.root / PLANS / checksum(text.encode()) / "plan.json"
-        write_text(path, text)
+        return offer(context, plan_of(edit))
     except DitToolsError as error:
         return gr.skip(), html.alert(sentence(error))
-    return str(path), html.notice(
-        "The next generation uses this plan. Open the Generate tab to run it."
-    )

@@ -1,5 +1,6 @@
 """What the tabs that run long jobs share: following a job, its buttons, and the size fields."""
 
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import gradio as gr
 
 from dittools.errors import DitToolsError
+from dittools.pipelines.output import atomic
+from dittools.plans import Plan
 from dittools.studio import html
 from dittools.studio.context import Context
 from dittools.studio.engine import Job, Snapshot
+
+PLANS = "plans"  # below the run folder: plans offered to the next generation
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,22 @@ def size_fields(name: str) -> SizeFields:
             )
         }
     return SizeFields(fields)
+
+
+def offer(context: Context, plan: Plan) -> tuple[str, str]:
+    """Return (path for `Context.plan`, what to tell the person).
+
+    Each offer is a file of its own, so that later edits do not change what was offered and the
+    same plan can be offered twice.
+
+    Raises:
+        PlanError, InputError: the file cannot be written.
+    """
+    path = context.runs.root / PLANS / secrets.token_hex(8) / "plan.json"
+    with atomic(path) as room:  # makes the folder, or says why it cannot
+        room.write_bytes(b"")
+    words = "The next generation uses this plan. Open the Generate tab to run it."
+    return str(plan.save(path)), html.notice(words)
 
 
 def on_tab_select(handler: Callable[..., Any], inputs: Any, outputs: Any) -> None:

@@ -8,6 +8,7 @@ import gradio as gr
 from dittools.errors import DitToolsError
 from dittools.methods import METHODS
 from dittools.pipelines.demo import PROMPTS
+from dittools.plans import Plan
 from dittools.studio import html
 from dittools.studio.context import Context
 from dittools.studio.engine import Snapshot
@@ -24,6 +25,7 @@ from dittools.studio.sizes import prompts_of, settings_for
 from dittools.studio.tabs.jobs import (
     controls,
     follow,
+    offer,
     on_tab_select,
     run_choices,
     sentence,
@@ -228,13 +230,11 @@ def _verdict(facts: dict[str, Any]) -> str:
 def _use(context: Context, run_id: str | None) -> tuple[Any, str]:
     try:
         plan = context.runs.open(run_id or "").path("plan")
+        if plan is None:
+            return gr.skip(), html.alert("This run holds no plan.")
+        return offer(context, Plan.load(plan))
     except DitToolsError as error:
         return gr.skip(), html.alert(sentence(error))
-    if plan is None or not plan.exists():
-        return gr.skip(), html.alert("The plan of this search is gone.")
-    return str(plan), html.notice(
-        "The next generation uses this plan. Open the Generate tab to run it."
-    )
 
 
 def _unit(target: str) -> str:
