@@ -11,9 +11,5 @@ TABS: tuple[tuple[str, Callable[[Context], None]], ...] = (
     ("Search", search.build),
     ("Compare", vote.build),
     ("Benchmark", bench.build),
-    ("Atlas", atlas.build),
-    ("Search", search.build),
-    ("Compare", vote.build),
-    ("Benchmark", bench.build),
     ("History", history.build),
 )
