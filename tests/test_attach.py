@@ -175,6 +175,13 @@ def test_the_schedule_is_kept_to_the_call(pipe: Any) -> None:
     assert {c.steps for c in spy.seen} == {5}
 
 
+def test_the_report_says_what_methods_remark_on(pipe: Any) -> None:
+    with attach(pipe, build("sparge", {"skip": 5.0})) as handle:
+        assert any("plain torch finds them" in note for note in handle.report().notes)
+    with attach(pipe, build("sparge")) as handle:
+        assert handle.report().notes == []
+
+
 def test_a_share_gives_few_step_models_their_dense_step(pipe: Any) -> None:
     spy = Spy()
     with attach(pipe, spy, dense_steps=0.1):

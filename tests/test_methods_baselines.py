@@ -1,5 +1,6 @@
 """The baselines: SVG's two kinds of heads, SpargeAttn's selection, the oracle."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
+from dittools.mask import BlockMask
 from dittools.methods.curves import block_order
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.random_blocks import RandomBlocks
 from dittools.methods.selection import keep_top, mass_counts
-from dittools.methods.sparge import Sparge, self_similarity
+from dittools.methods.sparge import Sparge, self_similarity, skip_far_below
 from dittools.methods.svg import SVG, _rows_of
 
 BACKEND = ReferenceBackend()
@@ -138,6 +140,28 @@ def test_sparge_ranks_like_blocks_and_keeps_unlike_ones() -> None:
     assert bool(mask.keep[:, :, 2].all())
 
 
+def test_sparge_with_like_tokens_is_pooled_top_p_and_with_orthogonal_ones_dense() -> None:
+    grid = TokenGrid(1, 8, 16)
+    order, token = block_order(grid, 32, "raster"), torch.arange(128)
+    q = (torch.randn(4, 2, 16) * 2)[token // 32][None]
+    k = (torch.randn(8, 2, 16) * 2)[token // 16][None]
+    call = AttentionCall(q, k, torch.randn(1, 128, 2, 16), grid)
+    similar = self_similarity(q, 128, 32), self_similarity(k, 128, 16)
+    torch.testing.assert_close(torch.cat(similar, 1), torch.ones(2, 12))
+    params = {"similarity": 0.99, "block_size": 32, "curve": "raster"}
+    mask = Sparge(mass=0.8, **params).select(call, order)
+    pooled = torch.einsum("qhd,khd->hqk", q[0, ::32], k[0, ::16]) / 4
+    chance = pooled.softmax(-1)
+    assert torch.equal(mask.keep, keep_top(chance, mass_counts(chance, 0.8).clamp(min=1)))
+    tenth = Sparge(density=0.3, **params).select(call, order)  # 0.3 of 8 blocks: 2 whole ones
+    assert tenth.keep.sum(-1).unique().tolist() == [2]
+    apart = torch.eye(64)[token % 64].view(1, 128, 1, 64).expand(-1, -1, 2, -1)
+    alone = AttentionCall(apart, apart, torch.randn(1, 128, 2, 64), grid)
+    everything = Sparge(density=0.1, similarity=0.1, block_size=32, curve="raster")
+    assert bool(everything.select(alone, order).keep.all())
+    assert torch.equal(everything.attend(alone, BACKEND), BACKEND.dense(alone))
+
+
 @pytest.mark.parametrize("grid", [TokenGrid(3, 5, 7), TokenGrid(4, 6, 6, 3, 9)], ids=str)
 def test_sparge_is_sdpa_under_its_mask(grid: TokenGrid) -> None:
     call = random_call(grid)
@@ -149,6 +173,76 @@ def test_sparge_is_sdpa_under_its_mask(grid: TokenGrid) -> None:
     torch.testing.assert_close(
         method.attend(call, BACKEND), expected.transpose(1, 2), atol=3e-6, rtol=1e-5
     )
+
+
+def skipped_by_definition(call: AttentionCall, mask: BlockMask, powers: float) -> torch.Tensor:
+    """Attention of one head in slot order, tile after tile as the paper's Algorithm 1 goes."""
+    order = mask.order
+    q, k, v = (order.apply(x)[0, :, 0].double() for x in (call.query, call.key, call.value))
+    real = order.index[0] >= 0
+    out = torch.zeros_like(v)
+    rows, columns = min(32, mask.q_block), mask.kv_block
+    video = -(-call.grid.tokens // mask.q_block) * mask.q_block
+    for first in range(0, len(q), rows):
+        here = slice(first, first + rows)
+        top, total = torch.full((rows,), -torch.inf).double(), torch.zeros(rows).double()
+        for j in mask.keep[0, first // mask.q_block].nonzero().flatten().tolist():
+            there = slice(j * columns, (j + 1) * columns)
+            scores = q[here] @ k[there].t() * q.shape[1] ** -0.5
+            scores = scores.masked_fill(~real[there], -torch.inf)
+            local = scores.amax(1)
+            far = (local - top)[real[here]] / math.log(2) <= -powers
+            new = torch.maximum(top, local)
+            shrink = (top - new).exp().nan_to_num(0)
+            out[here] *= shrink[:, None]
+            total *= shrink
+            top = new
+            if bool(far.all()) and first < video:
+                continue
+            weights = (scores - new[:, None]).exp().nan_to_num(0)
+            out[here] += weights @ v[there]
+            total += weights.sum(1)
+        out[here] /= total.clamp(min=1e-300)[:, None]
+    return out[order.inverse[0]]
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(4, 8, 9), TokenGrid(3, 7, 9, 4, 20)], ids=str)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_sparges_second_stage_is_the_running_maximum_rule(grid: TokenGrid, block_size: int) -> None:
+    call = random_call(grid, heads=1)
+    call = replace(call, query=call.query * 6)
+    method = Sparge(density=0.6, skip=4.0, block_size=block_size)
+    order = block_order(grid, block_size)
+    first = method.select(call, order)
+    second = skip_far_below(call, first, method.skip)
+    assert second.q_block == min(32, block_size)
+    finer = first.keep.repeat_interleave(first.q_block // second.q_block, dim=1)
+    assert bool((finer | ~second.keep).all())
+    assert 0.05 < second.density / first.density < 0.98
+    expected = skipped_by_definition(call, first, method.skip)
+    out = method.attend(call, BACKEND)
+    torch.testing.assert_close(out[0, :, 0].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sparges_second_stage_is_lossless_at_the_authors_threshold_and_monotone() -> None:
+    call = random_call(TokenGrid(4, 8, 9, 0, 7), batch=2)
+    plain = Sparge(density=0.6, block_size=32)
+    out = plain.attend(call, BACKEND)
+    far = replace(call, query=call.query * 60)
+    kept = []
+    for powers in (50.0, 8.0, 2.0):
+        method = replace(plain, skip=powers)
+        one = AttentionCall(far.query[:1], far.key[:1], far.value[:1], far.grid)
+        mask = method.select(one, block_order(far.grid, 32))
+        kept.append(skip_far_below(one, mask, powers).keep)
+    assert bool((kept[0] | ~kept[1]).all())
+    assert bool((kept[1] | ~kept[2]).all())
+    assert int(kept[2].sum()) < int(kept[1].sum()) < int(kept[0].sum())
+    assert torch.equal(replace(plain, skip=50.0).attend(call, BACKEND), out)
+    lossless = replace(plain, skip=50.0).attend(far, BACKEND)
+    torch.testing.assert_close(lossless, plain.attend(far, BACKEND), atol=1e-6, rtol=0)
+    assert plain.remarks() == []
+    assert "plain torch" in replace(plain, skip=5.0).remarks()[0]
 
 
 @pytest.mark.parametrize(("share", "within"), [(0.9, 2), (0.98, 3), (0.5, 1), (0.3, 0)])

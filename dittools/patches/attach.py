@@ -81,7 +81,7 @@ class Attachment:
     def report(self) -> Report:
         """Return what happened since attaching or `reset`; waits for pending CUDA work."""
         family = f"{self._family.name} ({', '.join(dict.fromkeys(self._classes))})"
-        notes = [*self._notes, *self._family.notes]
+        notes = [*self._notes, *self._family.notes, *_remarks(self.plan)]
         found = summarise(self.runtime, self._roots, self._live(), family, self._source, notes)
         return replace(found, guidance=guidance_report([root.guide for root in self._roots]))
 
@@ -250,6 +250,14 @@ def model_facts(denoiser: torch.nn.Module, paths: list[str]) -> ModelFacts:
             inner = module.to_q.out_features
         widest = max(widest, (heads, int(inner) // heads))
     return ModelFacts(type(denoiser).__name__, len(paths), *widest, tuple(paths))
+
+
+def _remarks(plan: Plan) -> list[str]:
+    """Return what methods of the plan have to say about how they run, each remark once."""
+    said: list[str] = []
+    for rule in plan.rules:
+        said += getattr(rule.method, "remarks", list)()
+    return list(dict.fromkeys(said))
 
 
 def _components(pipe: Any) -> Mapping[str, Any]:
