@@ -99,15 +99,22 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _decoder_bytes(pipe: Any, frames: int, height: int, width: int, in_time: int) -> int:
+    arrays = frames * height * width * 3 * 4 * 3  # the frames: tensor, array and a copy
     vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return arrays
     config = getattr(vae, "config", {})
     item = getattr(vae, "dtype", torch.float32).itemsize
     patch = int(config.get("patch_size") or 1)
     outer = config.get("decoder_base_dim") or config.get("base_dim")
     outer = outer or (config.get("block_out_channels") or (128,))[0]
-    at_once = min(frames, in_time) if type(vae).__name__ in STREAMING else frames
-    maps = at_once * height * width // patch**2 * int(outer) * item * MAPS
-    return maps + frames * height * width * 3 * 4 * 3  # the frames: tensor, array and a copy
+    if type(vae).__name__ in STREAMING:
+        frames = min(frames, in_time)
+    if getattr(vae, "use_tiling", False):
+        frames = min(frames, int(getattr(vae, "tile_sample_min_num_frames", frames)))
+        height = min(height, int(getattr(vae, "tile_sample_min_height", height)))
+        width = min(width, int(getattr(vae, "tile_sample_min_width", width)))
+    return arrays + frames * height * width // patch**2 * int(outer) * item * MAPS
 
 
 def _channels(config: Any) -> int:
