@@ -280,6 +280,28 @@ def test_the_oracle_keeps_the_heaviest_blocks_of_each_row() -> None:
     torch.testing.assert_close(out, expected.transpose(1, 2), atol=3e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_the_oracle_by_mass_keeps_the_fewest_blocks_that_hold_a_share(share: float) -> None:
+    grid = TokenGrid(4, 8, 8)
+    call = random_call(grid, heads=1)
+    call = replace(call, query=call.query * 3)
+    weights = torch.softmax(call.query[0, :, 0] @ call.key[0, :, 0].t() * 0.25, -1)
+    mass = weights.view(16, 16, 16, 16).sum((1, 3)) / 16
+    kept = torch.eye(16, dtype=torch.bool)  # rows keep their own block besides
+    for row in range(16):
+        held = 0.0
+        for block in mass[row].argsort(descending=True).tolist():
+            if held > share:
+                break
+            kept[row, block] = True
+            held += float(mass[row, block])
+    allowed = kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    out = OracleTopK(mass=share, block_size=16).attend(call, BACKEND)
+    torch.testing.assert_close(out, expected.transpose(1, 2), atol=3e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("method", [SVG(density=1.0), Sparge(density=1.0)], ids=["svg", "sparge"])
 def test_density_one_is_dense(method: object) -> None:
     call = random_call(TokenGrid(4, 8, 8, 3, 2), batch=2)

@@ -6,7 +6,9 @@ import torch
 from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
+from dittools.kernels.cpu import CpuBackend
 from dittools.kernels.reference import ReferenceBackend
+from dittools.mask import BlockMask
 from dittools.methods.curves import block_order
 from dittools.methods.psa import (
     FACTORS,
@@ -20,6 +22,13 @@ from dittools.methods.psa import (
 from dittools.order import TokenOrder
 
 BACKEND = ReferenceBackend()
+
+
+class Eager(CpuBackend):
+    """The CPU backend, which never thinks dense attention faster."""
+
+    def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
+        return False
 
 
 def counts(levels: torch.Tensor) -> list[int]:
@@ -123,6 +132,32 @@ def test_one_level_is_exact_on_constant_groups(grid: TokenGrid, factor: int) -> 
     if factor > 1 and (grid.text or grid.tokens % factor):
         wrong = attend_levels(call, BACKEND, levels, order, 16, count_bias=False)
         assert float((wrong - dense).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("factor", FACTORS[1:])
+def test_one_level_everywhere_is_dense_attention_over_pooled_keys(factor: int) -> None:
+    grid = TokenGrid(4, 4, 8)
+    q, k, v = (torch.randn(1, 128, 2, 8) for _ in range(3))
+    call, order = AttentionCall(q, k, v, grid), block_order(grid, 16, "raster")
+    levels = torch.full((2, 8, 8), factor)
+    out = attend_levels(call, BACKEND, levels, order, 16)
+    pooled = (x.unflatten(1, (-1, factor)).mean(2).transpose(1, 2) for x in (k, v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), *pooled)
+    torch.testing.assert_close(out, wanted.transpose(1, 2), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("grid", [TokenGrid(3, 7, 9, 4, 6), TokenGrid(4, 8, 8), TokenGrid(1, 2, 3)])
+def test_the_fast_kernel_agrees_at_every_block_size_and_level(grid: TokenGrid, size: int) -> None:
+    q, k, v = (torch.randn(1, grid.total, 2, 16) for _ in range(3))
+    call, order = AttentionCall(q, k, v, grid), block_order(grid, size)
+    blocks = -(-grid.tokens // size)
+    mixed = torch.tensor((0, *FACTORS))[torch.randint(5, (2, blocks, blocks))]
+    mixed.diagonal(dim1=1, dim2=2).fill_(8)
+    for levels in (mixed, *(torch.full_like(mixed, f) for f in FACTORS)):
+        exact = attend_levels(call, BACKEND, levels, order, size)
+        fast = attend_levels(call, Eager(), levels, order, size)
+        torch.testing.assert_close(fast, exact, atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [TokenGrid(4, 6, 8), TokenGrid(3, 5, 7, 4, 6)], ids=str)

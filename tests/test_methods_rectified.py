@@ -13,6 +13,7 @@ from dittools.methods import build, preset
 from dittools.methods.curves import block_order, gilbert, neighbour_blocks
 from dittools.methods.rectified import (
     Rectified,
+    _mask,
     _rank,
     first_frame_blocks,
     rectified_blocks,
@@ -84,6 +85,29 @@ def test_is_exact_when_blocks_are_constant(grid: TokenGrid, density: float, curv
     )
     plain = Rectified(compensate=False, **params).attend(call, BACKEND)
     assert not torch.allclose(plain, BACKEND.dense(call), atol=1e-2)
+
+
+def test_without_the_size_of_blocks_text_would_spoil_the_exactness(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = {"density": 0.24, "mass": 0.0, "block_size": 16, **PLAIN}
+    for text, close in ((0, True), (6, False)):
+        call = block_constant_call(TokenGrid(4, 8, 8, 0, text), 16, "raster")
+        with monkeypatch.context() as patch:
+            ones = lambda tokens, size, like: torch.ones(-(-tokens // size))  # noqa: E731
+            patch.setattr("dittools.methods.rectified.block_sizes", ones)
+            patch.setattr("dittools.methods.rectified._deviation", lambda x, mean, *_: mean * 0)
+            out = Rectified(**params).attend(call, BACKEND)
+        assert torch.allclose(out, BACKEND.dense(call), atol=1e-9) == close
+
+
+def test_reordering_alone_changes_nothing() -> None:
+    grid = TokenGrid(3, 7, 9, 5, 6)
+    call, method, order = random_call(grid), Rectified(block_size=16), block_order(grid, 16)
+    blocks = -(-grid.tokens // 16)
+    everything = _mask(grid, method, torch.ones((1, blocks, blocks), dtype=torch.bool), order)
+    out = BACKEND.block_sparse(call, everything)
+    torch.testing.assert_close(out, BACKEND.dense(call), atol=3e-6, rtol=1e-5)
 
 
 def random_call(grid: TokenGrid, batch: int = 1) -> AttentionCall:
@@ -221,10 +245,11 @@ def test_where_dense_is_faster_the_result_is_dense_and_not_a_mixture(
     assert not torch.allclose(exact, BACKEND.dense(call), atol=1e-3)
 
 
-def test_large_logits_in_half_precision_stay_finite() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_logits_in_half_precision_stay_finite(dtype: torch.dtype) -> None:
     grid = TokenGrid(4, 8, 8, 0, 5)
     q, k, v = (torch.randn(1, grid.total, 2, 8) * 40 for _ in range(3))
-    call = AttentionCall(q.bfloat16(), k.bfloat16(), v.bfloat16(), grid)
+    call = AttentionCall(q.to(dtype), k.to(dtype), v.to(dtype), grid)
     out = Rectified(block_size=16).attend(call, BACKEND)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     assert bool(out.isfinite().all())

@@ -1,5 +1,7 @@
 """VMoBA: partitions, selection rules with the authors' worked examples, exact execution."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -153,6 +155,8 @@ def test_threshold_ignores_scale_and_shift_grows_and_stays_in_its_bounds() -> No
             assert 1 / 9 <= density <= 1 / 9 + threshold * (8 / 9) + 1 / (9 * 90) + 1e-6
         none = select(scores, own, "global_threshold", 1, 0.0)
         assert none.sum((1, 2)).tolist() == [91, 91]  # own blocks and one more
+        local = select(scores, own, "local_threshold", 1, 0.0)
+        assert bool((local.sum(-1) == 2).all())
 
 
 @pytest.mark.parametrize(
@@ -209,6 +213,33 @@ def test_order_inside_a_block_does_not_matter() -> None:
         atol=3e-6,
         rtol=1e-5,
     )
+
+
+def test_swapping_two_whole_blocks_swaps_their_results() -> None:
+    grid = TokenGrid(4, 4, 6)
+    call, method = call_of(grid), VMoBA(top_k=2, temporal=1, block_size=16)
+    swap = torch.cat((torch.arange(24, 48), torch.arange(24), torch.arange(48, 96)))
+    moved = AttentionCall(call.query[:, swap], call.key[:, swap], call.value[:, swap], grid)
+    out = method.attend(call, BACKEND)
+    assert not torch.allclose(out, BACKEND.dense(call), atol=1e-2)
+    torch.testing.assert_close(method.attend(moved, BACKEND), out[:, swap], atol=3e-6, rtol=1e-5)
+
+
+def test_a_single_block_is_dense() -> None:
+    call = call_of(TokenGrid(1, 6, 7, 2, 3))  # layer 0 cuts time, and there is one frame
+    for rule in RULES:
+        assert torch.equal(VMoBA(rule=rule).attend(call, BACKEND), BACKEND.dense(call))
+
+
+def test_copies_of_queries_are_chunked_over_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(TokenGrid(5, 7, 9, 4, 3), layer=2)
+    bias = torch.randn(1, 3, call.grid.total)
+    call = replace(call, key_bias=bias)
+    whole = {rule: VMoBA(rule=rule, block_size=32).attend(call, BACKEND) for rule in RULES}
+    monkeypatch.setattr("dittools.methods.vmoba._COPIES", 1)
+    for rule in RULES:
+        parts = VMoBA(rule=rule, block_size=32).attend(call, BACKEND)
+        torch.testing.assert_close(parts, whole[rule], atol=1e-6, rtol=0)
 
 
 def test_the_gate_is_chunked_over_heads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from dittools.kernels import Backend
 from dittools.methods.bands import text_last_order
 from dittools.methods.base import attend_masked, attend_per_item, check_params, param
 from dittools.methods.block_statistics import statistics
-from dittools.methods.selection import keep_share, keep_top, row_mask
+from dittools.methods.selection import keep_share, keep_top, mass_counts, row_mask
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class OracleTopK:
 
     name: ClassVar[str] = "oracle"
     density: float = param(0.25, "the share of blocks kept", above=0.0, most=1.0)
+    mass: float = param(
+        0.0,
+        "the share of its attention every row keeps at least, instead of a density; 0 for none",
+        least=0.0,
+        most=1.0,
+    )
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
     per_row: bool = param(
         True, "whether every row keeps the same number; otherwise one threshold serves all heads"
@@ -47,7 +53,10 @@ class OracleTopK:
         order = None if order is None else order.to(call.query.device)
         query, key = (x if order is None else order.apply(x) for x in (call.query, call.key))
         mass = statistics(query[0], key[0], grid.tokens, size, call.softmax_scale).mass
-        if self.per_row:
+        if self.mass:
+            share = mass / mass.sum(-1, keepdim=True)
+            kept = keep_top(mass, (mass_counts(share, self.mass) + 1).clamp(max=mass.shape[2]))
+        elif self.per_row:
             kept = keep_top(mass, max(1, round(self.density * mass.shape[2])))
         else:
             kept = keep_share(mass, self.density)
