@@ -2,63 +2,68 @@
 // <dt-player>: clips that play as one, side by side, under a wipe, or as their difference.
 // The markup comes from the server; this only makes it move, and works with pictures as well.
 class DtPlayer extends HTMLElement {
+  // the page changes the markup in place when more clips arrive, so nothing inside is remembered
+  get fps() { return Number(this.dataset.fps) || 8; }
+  get clips() { return [...this.querySelectorAll("video")]; }
+  get lead() { return this.querySelector("video"); }
+  get seek() { return this.querySelector("[data-do=seek]"); }
+  get wipe() { return this.querySelector(".dt-wipe input"); }
+  get last() {
+    const seconds = this.lead && this.lead.duration;
+    return seconds ? Math.max(0, Math.round(seconds * this.fps) - 1) : 0;
+  }
+  get frame() {
+    return Math.min(this.last, Math.floor(this.lead.currentTime * this.fps + 1e-3));
+  }
   connectedCallback() {
-    if (this.alive) return;
-    this.alive = true;
-    this.fps = Number(this.dataset.fps) || 8;
-    this.clips = [...this.querySelectorAll("video")];
-    this.lead = this.clips[0];
-    this.seek = this.querySelector("[data-do=seek]");
-    this.toggle = this.querySelector("[data-do=play]");
-    this.wipe = this.querySelector(".dt-wipe input");
-    this.addEventListener("click", (event) => this.pressed(event));
-    this.querySelector("[data-do=rate]").addEventListener("change", (event) => {
-      for (const clip of this.clips) clip.playbackRate = Number(event.target.value);
-    });
-    this.seek.addEventListener("input", () => { this.pause(); this.show(Number(this.seek.value)); });
-    this.wipe.addEventListener("input", () => this.cut());
-    this.querySelector(".dt-stage").addEventListener("pointermove", (event) => this.drag(event));
-    this.cut();
-    if (!this.lead) { this.querySelector(".dt-transport").hidden = true; return; }
-    this.lead.addEventListener("loadedmetadata", () => this.measure());
-    this.lead.addEventListener("ended", () => { this.show(0); this.play(); });
-    if (this.lead.readyState > 0) this.measure();
-    if (matchMedia("(prefers-reduced-motion: reduce)").matches) this.pause();
-    else this.play();
+    this.playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+    if (!this.listening) this.listen();
+    this.listening = true;
     const tick = () => {
-      if (!this.isConnected) { this.alive = false; return; }
+      if (!this.isConnected) return;
       this.follow();
       requestAnimationFrame(tick);
     };
     requestAnimationFrame(tick);
   }
-  measure() {
-    this.seek.max = Math.max(0, Math.round(this.lead.duration * this.fps) - 1);
-  }
-  get frame() {
-    return Math.min(Number(this.seek.max), Math.floor(this.lead.currentTime * this.fps + 1e-3));
+  listen() {
+    this.addEventListener("click", (event) => this.pressed(event));
+    this.addEventListener("input", (event) => {
+      if (event.target === this.seek) { this.pause(); this.show(Number(this.seek.value)); }
+    });
+    this.addEventListener("pointermove", (event) => this.drag(event));
+    this.addEventListener("ended", (event) => {
+      if (event.target === this.lead && this.playing) { this.show(0); this.play(); }
+    }, true);
   }
   follow() {
-    const playing = !this.lead.paused;
-    if (playing) {
-      for (const clip of this.clips.slice(1)) {
-        if (clip.paused && !clip.ended) clip.play().catch(() => {});
-        const apart = Math.abs(clip.currentTime - this.lead.currentTime);
-        if (apart > 0.6 / this.fps && !clip.seeking) clip.currentTime = this.lead.currentTime;
+    const lead = this.lead, seek = this.seek;
+    this.style.setProperty("--wipe", `${this.wipe.value}%`);
+    this.querySelector(".dt-transport").hidden = !lead;
+    if (!lead) return;
+    const rate = Number(this.querySelector("[data-do=rate]").value);
+    for (const clip of this.clips) {
+      if (clip.playbackRate !== rate) clip.playbackRate = rate;
+      if (this.playing && clip.paused && !clip.ended) clip.play().catch(() => {});
+      const apart = Math.abs(clip.currentTime - lead.currentTime);
+      if (this.playing && apart > 0.6 / this.fps && !clip.seeking && clip.readyState > 1) {
+        clip.currentTime = lead.currentTime;
       }
     }
-    if (document.activeElement !== this.seek || playing) this.seek.value = this.frame;
-    const total = Number(this.seek.max) + 1;
-    const text = `frame ${this.frame + 1} of ${total}`;
-    const out = this.querySelector("output");
-    if (out.textContent !== text) out.textContent = text;
-    const word = playing ? "Pause" : "Play";
-    if (this.toggle.textContent !== word) this.toggle.textContent = word;
+    if (Number(seek.max) !== this.last) seek.max = this.last;
+    if (document.activeElement !== seek || this.playing) seek.value = this.frame;
+    const write = (element, text) => {
+      if (element.textContent !== text) element.textContent = text;
+    };
+    write(this.querySelector("output"), `frame ${this.frame + 1} of ${this.last + 1}`);
+    write(this.querySelector("[data-do=play]"), this.playing ? "Pause" : "Play");
   }
   play() {
+    this.playing = true;
     for (const clip of this.clips) clip.play().catch(() => {});
   }
   pause() {
+    this.playing = false;
     for (const clip of this.clips) clip.pause();
   }
   show(frame) {
@@ -69,10 +74,10 @@ class DtPlayer extends HTMLElement {
     if (!button) return;
     const wanted = button.dataset.do;
     if (wanted === "play") {
-      if (this.lead.paused) this.play(); else { this.pause(); this.show(this.frame); }
+      if (this.playing) { this.pause(); this.show(this.frame); } else this.play();
     } else if (wanted === "back" || wanted === "next") {
       this.pause();
-      const total = Number(this.seek.max) + 1;
+      const total = this.last + 1;
       this.show((this.frame + (wanted === "next" ? 1 : total - 1)) % total);
     } else if (button.dataset.view) {
       this.dataset.view = button.dataset.view;
@@ -85,15 +90,12 @@ class DtPlayer extends HTMLElement {
     }
   }
   drag(event) {
-    if (this.dataset.view !== "wipe" || (event.pointerType === "mouse" && event.buttons === 0)) return;
+    if (this.dataset.view !== "wipe" || !event.target.closest(".dt-stage")) return;
+    if (event.pointerType === "mouse" && event.buttons === 0) return;
     const box = this.querySelector("[data-clip=dense] video, [data-clip=dense] img")
       .getBoundingClientRect();
     const share = (event.clientX - box.left) / box.width;
     this.wipe.value = Math.round(100 * Math.min(1, Math.max(0, share)));
-    this.cut();
-  }
-  cut() {
-    this.style.setProperty("--wipe", `${this.wipe.value}%`);
   }
 }
 if (!customElements.get("dt-player")) customElements.define("dt-player", DtPlayer);
