@@ -16,7 +16,7 @@ from dittools.methods import preset
 from dittools.methods.kmeans import (
     Clusters,
     cluster_sums,
-    first_centroids,
+    drawn_tokens,
     kmeans,
     nearest,
     sorted_sums,
@@ -203,7 +203,8 @@ def test_items_of_a_batch_do_not_know_each_other() -> None:
 
 def test_centroids_are_kept_per_memory_and_refined_in_two_rounds() -> None:
     grid = TokenGrid(5, 9, 8)
-    call, method = random_call(grid), SVG2(mass=0.5, first_rounds=3, **SMALL)
+    params = {"mass": 0.5, "first_sample": 0, **SMALL}
+    call, method = random_call(grid), SVG2(first_rounds=3, **params)
     first = method.clusters(call)
     assert first[0].iterations == 3
     again = method.clusters(call)
@@ -214,15 +215,30 @@ def test_centroids_are_kept_per_memory_and_refined_in_two_rounds() -> None:
     other = TokenGrid(5, 8, 9)  # as many tokens, another shape
     assert method.clusters(replace(call, grid=other))[0].iterations == 3
     assert method.clusters(replace(call, memory={}))[0].iterations == 3
-    assert SVG2(mass=0.5, first_rounds=4, **SMALL).clusters(call)[0].iterations == 4
+    assert SVG2(first_rounds=4, **params).clusters(call)[0].iterations == 4
+
+
+def test_first_rounds_look_at_a_part_and_end_on_all_tokens() -> None:
+    call = random_call(TokenGrid(8, 12, 12), heads=2)
+    params = {"mass": 0.5, "first_rounds": 12, "least_queries": 96, "least_keys": 64}
+    queries, keys = SVG2(first_sample=4, **params).clusters(replace(call, memory={}))
+    points = call.key[0].transpose(0, 1)
+    drawn = drawn_tokens(points, 18, 0)
+    start = kmeans(drawn_tokens(points, 72, 0), drawn, 10).centroids
+    by_hand = kmeans(points, start, 2)
+    assert torch.equal(keys.labels, by_hand.labels)
+    assert queries.sizes.sum(1).tolist() == keys.sizes.sum(1).tolist() == [1152, 1152]
+    for every in (0, 64):
+        _, whole = SVG2(first_sample=every, **params).clusters(replace(call, memory={}))
+        assert torch.equal(whole.labels, kmeans(points, drawn, 12).labels)
 
 
 def test_seeds_repeat_and_leave_the_global_numbers_alone() -> None:
     points = torch.randn(2, 90, 4)
     state = torch.get_rng_state()
-    assert torch.equal(first_centroids(points, 9, 5), first_centroids(points, 9, 5))
-    assert not torch.equal(first_centroids(points, 9, 5), first_centroids(points, 9, 6))
-    assert len(first_centroids(points, 90, 0)[0].unique(dim=0)) == 90
+    assert torch.equal(drawn_tokens(points, 9, 5), drawn_tokens(points, 9, 5))
+    assert not torch.equal(drawn_tokens(points, 9, 5), drawn_tokens(points, 9, 6))
+    assert len(drawn_tokens(points, 90, 0)[0].unique(dim=0)) == 90
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -27,8 +27,11 @@ class Clusters(NamedTuple):
     iterations: int
 
 
-def first_centroids(points: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Return [H, count, D]: tokens of [H, N, D] drawn by lot, the same places in every head."""
+def drawn_tokens(points: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Return [H, count, D]: tokens of [H, N, D] drawn by lot, the same places in every head.
+
+    More of them are the same and others.
+    """
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(points.shape[1], generator=generator)[:count].sort().values
     return points.index_select(1, picked.to(points.device))

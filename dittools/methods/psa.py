@@ -122,9 +122,10 @@ def block_importance(
     step = max(1, _CHUNK // (heads * blocks * each * each))  # query blocks at a time
     for first in range(0, blocks, step):
         scores = rows[:, first * each : (first + step) * each] @ columns
-        best = scores.unflatten(2, (each, blocks)).amax(2).float() * scale
-        weights = best.sub_(best.amax(-1, keepdim=True)).exp_()
-        out[:, first : first + step] = weights.unflatten(1, (-1, each)).amax(2)
+        best = scores.unflatten(2, (each, blocks)).amax(2).to(out.dtype)
+        best -= best.amax(-1, keepdim=True)
+        out[:, first : first + step] = best.unflatten(1, (-1, each)).amax(2)
+    out = (out * scale).exp_()  # a maximum of exponentials is that of the largest score
     return out / out.sum(-1, keepdim=True)
 
 

@@ -6,7 +6,8 @@ estimate it, each weighed by its size. Centroids are kept from step to step, so 
 rounds only. Every cluster is laid out in whole tiles of its own: pairs are those of the clusters,
 exactly. Differences: shorter sequences get fewer clusters, so that a cluster holds about as many
 tokens as in the published runs; batches work; centroids of the two guidance passes are told apart;
-text queries are dense; dense steps do not cluster. Baseline.
+text queries are dense; dense steps do not cluster; where no centroids are known, most rounds look
+at a part of the tokens. Baseline.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask, pack_bits
 from dittools.methods.base import attend_exactly, attend_per_item, check_params, param
-from dittools.methods.kmeans import Clusters, first_centroids, kmeans
+from dittools.methods.kmeans import Clusters, drawn_tokens, kmeans
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class SVG2:
         0.1, "the share of key clusters every query cluster keeps at least", least=0.0, most=1.0
     )
     first_rounds: int = param(50, "the rounds of k-means where no centroids are known", least=1)
+    first_sample: int = param(
+        16, "the tokens per cluster those rounds look at, but for the last ones; 0 for all", least=0
+    )
     rounds: int = param(2, "the rounds of k-means from the centroids of the last step", least=1)
     seed: int = param(0, "the start of the random numbers", least=0)
     block_size: int = param(64, "the queries per computed tile", least=8, most=512)
@@ -99,12 +103,20 @@ class SVG2:
             count = max(1, min(most, grid.tokens // least))
             rounds = self.rounds
             if known is None:
-                known, rounds = first_centroids(points, count, self.seed), self.first_rounds
+                known, rounds = self._first(points, count)
             clusters = kmeans(points, known.to(wide), rounds)
             found.append(clusters)
             kept.append(clusters.centroids.to(part.dtype))  # half the memory in half precision
         call.memory[self._key(call)] = tuple(kept)
         return found[0], found[1]
+
+    def _first(self, points: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
+        """Return centroids to start from and the rounds that all tokens of [H, N, D] still need."""
+        drawn = drawn_tokens(points, count, self.seed)
+        sample, before = count * self.first_sample, self.first_rounds - self.rounds
+        if before < 1 or not 0 < sample < points.shape[1]:
+            return drawn, self.first_rounds
+        return kmeans(drawn_tokens(points, sample, self.seed), drawn, before).centroids, self.rounds
 
     def _key(self, call: AttentionCall) -> str:
         shape = tuple(call.query.shape[1:])
