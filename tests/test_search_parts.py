@@ -1,6 +1,7 @@
 """The parts of a search: rows of masks, the probe's errors, the allocator, the cost table."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels import load
 from dittools.methods import METHODS, build
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
 from dittools.searching.allocate import Problem, Unreachable, allocate, within_memory
 from dittools.searching.atlas import band_keys, band_shares, head_class
 from dittools.searching.candidates import Candidate, candidates_for
@@ -17,6 +20,7 @@ from dittools.searching.cost import CostTable, measure_costs
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import mask_rows, masked_output, sample_rows, weights
+from dittools.searching.rowwise import RowBackend
 from dittools.searching.table import merge, problem_of
 
 GRID = TokenGrid(5, 6, 7, text_after=3)
@@ -55,7 +59,8 @@ def test_masked_rows_equal_the_backend(method: object) -> None:
     call, mask = _call(), method.mask(GRID)  # type: ignore[attr-defined]
     rows = torch.arange(0, GRID.total, 7)
     q, k, v = (t[0].transpose(0, 1) for t in (call.query, call.key, call.value))
-    got = masked_output(weights(q[:, rows], k, 0.25, None), mask_rows(mask, rows), v)
+    weight, _ = weights(q[:, rows], k, 0.25, None)
+    got = masked_output(weight, mask_rows(mask, rows), v)
     want = load("reference").block_sparse(call, mask)[0].transpose(0, 1)[:, rows]
     assert torch.allclose(got, want, atol=1e-5)
 
@@ -65,6 +70,46 @@ def test_masked_rows_survive_a_row_whose_best_keys_are_dropped() -> None:
     kept = torch.tensor([[[False, True, True]]])
     value = torch.tensor([[[5.0], [1.0], [3.0]]])
     assert torch.allclose(masked_output(weight, kept, value), torch.tensor([[[2.0]]]))
+
+
+CHOOSERS = [
+    build("paro", {"density": 0.3, "block_size": 16, "per_head": True}),
+    build("psa", {"block_size": 16}),
+    build("rectified", {"density": 0.3, "block_size": 16}),
+    build("sparge", {"density": 0.4, "block_size": 16}),
+    build("svg", {"density": 0.4, "block_size": 16, "sink": False}),
+    build("vmoba", {"top_k": 0.3, "block_size": 16}),
+    build("vmoba", {"top_k": 0.3, "block_size": 16, "pooled": True}),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", [*METHODS_SEEN, *CHOOSERS], ids=lambda m: f"{m.name}")
+def test_sampled_rows_are_those_of_the_whole_call(method: object, batch: int) -> None:
+    one = _call()
+    grown = (torch.cat([t, t.flip(1)][:batch]) for t in (one.query, one.key, one.value))
+    q, k, v = grown
+    call = replace(one, query=q, key=k, value=v)
+    rows = sample_rows(GRID.total, 20, seed=2)
+    sampled = RowBackend(load("reference"), call, rows)
+    got = method.attend(replace(call, memory={}), sampled)  # type: ignore[attr-defined]
+    whole = Meter(load("reference"), call, lambda: load("reference").dense(call), Stopwatch())
+    want = method.attend(replace(call, memory={}), whole)  # type: ignore[attr-defined]
+    assert torch.allclose(got[:, rows], want[:, rows], atol=1e-5)
+    assert float(sampled.kept.mean()) == pytest.approx(float(whole.density(call)), abs=1e-6)
+
+
+def test_every_head_keeps_a_share_of_its_own() -> None:
+    call = _call()
+    sampled = RowBackend(load("reference"), call, torch.arange(20))
+    for head, density in ((0, 0.2), (1, 0.7)):
+        part = call.heads([head])
+        method = build("random", {"density": density, "block_size": 16})
+        sampled.block_sparse(part, method.mask(GRID))  # type: ignore[attr-defined]
+    want = [
+        build("random", {"density": d, "block_size": 16}).mask(GRID).density for d in (0.2, 0.7)
+    ]  # type: ignore[attr-defined]
+    assert sampled.kept.tolist() == pytest.approx(want)
 
 
 def _probe(candidates: list[Candidate], gains: list[torch.Tensor | None], rows: int) -> Probe:
@@ -195,7 +240,8 @@ def test_pinned_heads_stay_dense_and_excluded_methods_stay_out() -> None:
         probe.attend(_call(step=step), load("reference"))
     table = merge([probe.results()], candidates, probe.sites)
     limits = Constraints(dense_heads=((0, 1),), exclude=("gna",))
-    problem = problem_of(table, torch.ones(1, 2, dtype=torch.float64), table.densities(), limits)
+    weight = torch.ones(1, 2, 2, dtype=torch.float64)
+    problem = problem_of(table, weight, table.density, limits)
     choice = allocate(problem, 0.8).view(1, 2, 2)
     assert not choice[:, :, 1].any()
     assert {candidates[c].method.name for c in choice.flatten().tolist()} == {"dense", "radial"}

@@ -41,6 +41,9 @@ def search(
     carry: Annotated[
         float | None, typer.Option(help="Carry errors over layers in calibration: the penalty.")
     ] = None,
+    sensitivity: Annotated[
+        str, typer.Option(help="perturbation, or gradient: a backward pass through the sampler.")
+    ] = "perturbation",
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames.")] = None,
@@ -86,6 +89,7 @@ def search(
         "budget": budget,
         "constraints": limits,
         "carry": carry,
+        "sensitivity": sensitivity,
     }
     sizes = {"steps": steps, "frames": frames, "height": height, "width": width}
     given: dict[str, Any] = {**sizes, "guidance": guidance, "seed": seed}

@@ -62,6 +62,7 @@ def make_request(
     constraints: Constraints | None = None,
     ranges: tuple[float, ...] = DEFAULT_RANGES,
     carry: float | None = None,
+    sensitivity: str = "perturbation",
     **settings: Any,
 ) -> Request:
     """Return the checked request of `search`; the arguments are the same."""
@@ -76,6 +77,7 @@ def make_request(
         constraints or Constraints(),
         ranges,
         carry,
+        sensitivity,
     )
 
 
@@ -91,6 +93,7 @@ def search(
     constraints: Constraints | None = None,
     ranges: tuple[float, ...] = DEFAULT_RANGES,
     carry: float | None = None,
+    sensitivity: str = "perturbation",
     backend: str = "auto",
     out: str | Path | None = None,
     work: str | Path | None = None,
@@ -115,6 +118,8 @@ def search(
         ranges: edges of the step ranges that get rules of their own, as shares of the run.
         carry: weight of the density in Sparse-vDiT's greedy choice, whose errors later layers then
             see during calibration; None calibrates on dense inputs.
+        sensitivity: "perturbation" weighs layers and step ranges by generations that are sparse
+            there alone; "gradient" weighs every head by a backward pass through the sampler.
         backend: a named attention backend, or "auto" for the device's.
         out: plan file; frontier.json, report.html and cost.json are written beside it.
         work: folder in which finished units are kept, so that a killed search goes on; by default
@@ -138,6 +143,7 @@ def search(
         constraints=constraints,
         ranges=ranges,
         carry=carry,
+        sensitivity=sensitivity,
         **settings,
     )
     target = None if out is None else Path(out)

@@ -1,8 +1,8 @@
 """The candidates a search chooses from: every method at several densities, checked on the grid."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.mask import BlockMask
 from dittools.methods import METHODS, GridMethod, Method, build, to_params
+from dittools.searching.ladders import ladders_for
 
-DENSITIES = (0.08, 0.15, 0.25, 0.4, 0.6)
-# always there; a floor and a ceiling no plan should run; a window that changes the picture
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75)
+FEW_DENSITIES = (0.1, 0.25, 0.5)  # of methods that take long to choose
+# always there; a floor and a ceiling no plan should run; and for sizes beyond the training size
 NEVER = ("dense", "random", "oracle", "freeswim")
 
 
@@ -38,15 +40,20 @@ class Candidate:
     @property
     def name(self) -> str:
         """Method and the parameters that differ from its defaults, one readable phrase."""
-        kind: Any = type(self.method)
-        defaults = {f.name: f.default for f in fields(kind)}
-        changed = {
-            name: value
-            for name, value in to_params(self.method).items()
-            if _differs(getattr(self.method, name), defaults.get(name))
-        }
-        inside = ", ".join(f"{k}={_short(v)}" for k, v in changed.items())
-        return f"{self.method.name}({inside})"
+        return phrase(self.method)
+
+
+def phrase(method: Method) -> str:
+    """Return a method and the parameters that differ from its defaults."""
+    kind: Any = type(method)
+    defaults = {f.name: f.default for f in fields(kind)}
+    changed = {
+        name: value
+        for name, value in to_params(method).items()
+        if _differs(getattr(method, name), defaults.get(name))
+    }
+    inside = ", ".join(f"{k}={_short(v)}" for k, v in changed.items())
+    return f"{method.name}({inside})"
 
 
 def _differs(value: Any, default: Any) -> bool:
@@ -57,14 +64,6 @@ def _differs(value: Any, default: Any) -> bool:
 
 def _short(value: Any) -> str:
     return json.dumps(value, default=lambda v: f"tensor {tuple(getattr(v, 'shape', ()))}")
-
-
-def block_for(grid: TokenGrid) -> int:
-    """Return tokens per block: 128, smaller where a sequence would be cut into fewer than 32."""
-    size = 128
-    while size > 8 and grid.total < 32 * size:
-        size //= 2
-    return size
 
 
 def candidates_for(grid: TokenGrid, methods: Sequence[str] = ()) -> list[Candidate]:
@@ -124,118 +123,23 @@ def _is_known(candidate: Candidate, seen: set[str]) -> bool:
 
 def _variants(name: str, grid: TokenGrid) -> Iterable[Method]:
     """Return the methods of one name over the ladder of densities."""
-    return _LADDERS.get(name, _by_fields)(name, grid)
+    found = ladders_for(name, grid)
+    for ladder in found:
+        if not ladder.alone:
+            for density in FEW_DENSITIES if ladder.few else DENSITIES:
+                yield ladder.make(density)
+    if name == "sparse_vdit":
+        yield build(name, {"mode": "skip"})
+    if not found:
+        yield build(name)
 
 
-def _gna(name: str, grid: TokenGrid) -> list[Method]:
-    """Boxes that are long in time, in space, along one axis, or in none."""
-    block = block_for(grid)
-    stride: int | str = "tile" if grid.total >= 8192 else 1
-    made = []
-    for density in DENSITIES:
-        side, cube = density ** (1 / 2), density ** (1 / 3)
-        boxes: list[tuple[Any, Any, Any]] = [
-            ("full", side, side),
-            (density, "full", "full"),
-            (cube, cube, cube),
-            ("full", density, "full"),
-            ("full", "full", density),
-        ]
-        made += [
-            build(
-                name,
-                {"window": tuple(_rounded(b) for b in box), "stride": stride, "block_size": block},
-            )
-            for box in boxes
-        ]
-    return [m for m in made if not _is_degenerate(m, grid)]
-
-
-def _is_degenerate(method: Any, grid: TokenGrid) -> bool:
-    """Whether a window share rounds to the whole axis, which another box says more plainly."""
-    pairs = zip(method.window, grid.shape, strict=True)
-    return any(isinstance(w, float) and round(w * n) >= n > 1 for w, n in pairs)
-
-
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def _radial(name: str, grid: TokenGrid) -> list[Method]:
-    if grid.frames < 2:
-        return []
-    block = max(8, min(block_for(grid), 128))
-    return [
-        build(name, {"decay": decay, "sink": sink, "block_size": block})
-        for decay in (0.1, 0.2, 0.5, 1.0, 2.0)
-        for sink in (True, False)
-    ]
-
-
-def _sta(name: str, grid: TokenGrid) -> list[Method]:
-    block = block_for(grid)
-    windows = [
-        (1, 3, 3),
-        (3, 3, 3),
-        (3, 1, 1),
-        (9, 1, 1),
-        (9, 3, 3),
-        (9, 9, 1),
-        (9, 1, 9),
-        (3, 9, 9),
-    ]
-    return [build(name, {"window": w, "block_size": block}) for w in windows]
-
-
-def _sparse_vdit(name: str, grid: TokenGrid) -> list[Method]:
-    block = block_for(grid)
-    modes = ["diagonal", "stripe"] + (["multi_diagonal"] if grid.frames > 1 else [])
-    made = [
-        build(name, {"mode": mode, "density": density, "block_size": block})
-        for mode in modes
-        for density in DENSITIES
-    ]
-    return [*made, build(name, {"mode": "skip"})]
-
-
-def _by_fields(name: str, grid: TokenGrid) -> list[Method]:
-    """Any other method: its defaults, and the ladder where it has a density of its own."""
-    kind = METHODS[name]
-    known = {f.name for f in fields(kind)}
-    base: dict[str, Any] = {}
-    if "block_size" in known:
-        base["block_size"] = block_for(grid)
-    if "per_head" in known:
-        base["per_head"] = True  # a head's share must not depend on which heads run beside it
-    if "density" not in known:
-        return _built(name, [base])
-    return _built(name, [{**base, "density": density} for density in DENSITIES])
-
-
-def _built(name: str, settings: list[dict[str, Any]]) -> list[Method]:
-    """Return the methods whose settings the method accepts."""
-    made = []
-    for params in settings:
-        try:
-            made.append(build(name, params))
-        except InputError:  # a block size this method does not offer: its own default instead
-            made.append(build(name, {k: v for k, v in params.items() if k != "block_size"}))
-    return made
-
-
-_LADDERS: dict[str, Callable[[str, TokenGrid], Iterable[Method]]] = {
-    "gna": _gna,
-    "radial": _radial,
-    "sta": _sta,
-    "sparse_vdit": _sparse_vdit,
-}
+def is_chooser(candidate: Candidate) -> bool:
+    """Whether a candidate looks at query and key, so that its density shows only in a run."""
+    plain = candidate.method.name == "dense" or getattr(candidate.method, "mode", "") == "skip"
+    return candidate.mask is None and not plain
 
 
 def without(candidates: list[Candidate], excluded: Sequence[str]) -> list[Candidate]:
     """Return the candidates but those of the excluded methods; dense always stays."""
     return [c for c in candidates if c.method.name == "dense" or c.method.name not in excluded]
-
-
-def with_cost(candidate: Candidate, density: float, computed: float) -> Candidate:
-    """Return a candidate whose density was only found while it ran."""
-    return replace(candidate, density=density, computed=computed)

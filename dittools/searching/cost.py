@@ -3,7 +3,8 @@
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dittools.errors import PlanError, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.kernels.auto import resolve
 from dittools.mask import BlockMask
-from dittools.methods import build
+from dittools.methods import Method, build
 from dittools.pipelines.output import write_text
 
 SHARES = (0.1, 0.25, 0.5, 0.75)  # of blocks visited
@@ -32,6 +33,8 @@ class CostTable:
         dense_ms: one dense call.
         sparse_ms: block size -> ((share of blocks visited, ms), ...), rising.
         split_ms: what it takes to part the heads of a call in two and to put results together.
+        choosing_ms: method name -> time of a call its choice takes, for methods that look at query
+            and key.
         attention_share: part of a dense generation spent in attention; 0 when not measured.
         seconds: wall time of a dense generation; 0 when not measured.
     """
@@ -45,6 +48,7 @@ class CostTable:
     dense_ms: float
     sparse_ms: dict[int, tuple[tuple[float, float], ...]]
     split_ms: float = 0.0
+    choosing_ms: dict[str, float] = field(default_factory=dict)
     attention_share: float = 0.0
     seconds: float = 0.0
 
@@ -52,6 +56,12 @@ class CostTable:
     def split_ratio(self) -> float:
         """Time to split the heads of a call and join them again, as a share of a dense call."""
         return self.split_ms / self.dense_ms if self.basis == "measured" else 0.0
+
+    def choosing(self, method: str) -> float:
+        """Return what a method's choice takes, as a share of a dense call of the same heads."""
+        if self.basis != "measured":
+            return 0.0
+        return self.choosing_ms.get(method, 0.0) / self.dense_ms
 
     def ratio(self, computed: float, block: int) -> float:
         """Return the time of a mask as a share of a dense call of the same heads.
@@ -107,11 +117,19 @@ def measure_costs(
     device: torch.device,
     dtype: torch.dtype,
     blocks: tuple[int, ...],
+    choosing: Sequence[Method] = (),
 ) -> CostTable:
     """Return kernel times on this device, medians of interleaved runs on random inputs.
 
     Falls back to the FLOPs table, which says so in `basis`, when the backend cannot run a mask of
     one of the block sizes.
+
+    Args:
+        grid, heads, head_dim: of the calls.
+        backend: a named one.
+        device, dtype: of the calls.
+        blocks: block sizes to time.
+        choosing: methods that look at query and key; what that takes is timed too.
     """
     shape = (1, grid.total, heads, head_dim)
     generator = torch.Generator().manual_seed(0)
@@ -123,13 +141,17 @@ def measure_costs(
         for share in SHARES:
             method = build("random", {"density": share, "block_size": block})
             masks[block, share] = method.mask(grid).to(device)  # type: ignore[attr-defined]
-    times: dict[Any, list[float]] = {key: [] for key in ("dense", "split", *masks)}
+    times: dict[Any, list[float]] = {
+        key: [] for key in ("dense", "split", *masks, *(m.name for m in choosing))
+    }
     try:
         for _ in range(_REPEATS + 1):
             times["dense"].append(_time(lambda: runner.dense(call), device))
             times["split"].append(_time(lambda: _split(call), device))
             for key, mask in masks.items():
                 times[key].append(_time(lambda m=mask: runner.block_sparse(call, m), device))
+            for method in choosing:
+                times[method.name].append(_time(lambda m=method: _choose(m, call), device))
     except UnsupportedCall:
         return flops_table(grid, heads, head_dim)
     median = {key: statistics.median(values[1:]) for key, values in times.items()}
@@ -144,7 +166,35 @@ def measure_costs(
         median["dense"],
         {b: points for b, points in sparse.items() if len(points) > 1},
         median["split"],
+        {m.name: median[m.name] for m in choosing},
     )
+
+
+class _Nothing:
+    """A backend that computes nothing: what a method takes on it is its choosing."""
+
+    name = "nothing"
+
+    def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
+        return []
+
+    def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
+        return False
+
+    def dense(self, call: AttentionCall) -> torch.Tensor:
+        return torch.zeros_like(call.query)
+
+    def block_sparse(
+        self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
+    ) -> Any:
+        out = torch.zeros_like(call.query)
+        return (out, out[..., 0].float()) if return_lse else out
+
+
+def _choose(method: Method, call: AttentionCall) -> None:
+    fresh = replace(call, memory={})
+    if not method.not_supported(fresh):
+        method.attend(fresh, _Nothing())
 
 
 def _split(call: AttentionCall) -> torch.Tensor:

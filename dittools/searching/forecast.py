@@ -12,6 +12,7 @@ from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.methods import GridMethod, Method, build
 from dittools.plans import Plan, Rule
+from dittools.searching.candidates import phrase
 from dittools.searching.cost import CostTable, flops_table, measure_costs
 from dittools.searching.request import settings_for
 from dittools.searching.scout import named_backend, scout
@@ -183,6 +184,7 @@ def forecast(
             device=torch.device(getattr(model, "device", "cpu")),
             dtype=facts.dtype,
             blocks=_blocks(chosen),
+            choosing=_choosers(chosen),
         )
     return predict(load, chosen, table, may_decline=backend == "auto")
 
@@ -237,11 +239,15 @@ class _Pricer:
         path = load.paths[layer] if layer < len(load.paths) else ""
         density = computed = time = 0.0
         for step in range(load.steps):
-            rules = self.plan.rules_for(layer, path, step, load.steps, load.heads)
-            if len(rules) > 1:
-                time += self.costs.split_ratio / load.steps
-            for heads, method in rules:
-                share = len(heads) / load.heads / load.steps
+            sides = ("cond", "uncond") if self.plan.needs_branch else ("",)
+            found = [
+                self.plan.rules_for(layer, path, step, load.steps, load.heads, side)
+                for side in sides
+            ]
+            parts = load.steps * len(sides)
+            time += sum(len(rules) > 1 for rules in found) * self.costs.split_ratio / parts
+            for heads, method in (rule for rules in found for rule in rules):
+                share = len(heads) / load.heads / parts
                 values = self.price(method)
                 density += share * values[0]
                 computed += share * values[1]
@@ -267,12 +273,22 @@ class _Pricer:
             mask = method.mask(self.load.grid)
             density, computed = mask.density, mask.computed
         else:
-            nominal = getattr(method, "density", None)
-            density = float(nominal) if isinstance(nominal, float) else 1.0
-            computed = density
-            self.unknown[f"{method.name} chooses in the run ({density:.2f} assumed)"] = None
+            density, computed = self._chosen(method)
         time = self.costs.ratio(computed, block) if density < 1 else 1.0
+        time += self.costs.choosing(method.name)
         return density, computed, min(time, 1.0) if self.may_decline else time
+
+    def _chosen(self, method: Method) -> tuple[float, float]:
+        """Return density and computed share of a method that chooses in the run: what the search
+        measured, or the density it is asked for.
+        """
+        known = self.plan.measured.get("densities", {}).get(phrase(method))
+        if known is not None:
+            return float(known[0]), float(known[1])
+        nominal = getattr(method, "density", None)
+        density = float(nominal) if isinstance(nominal, float) else 1.0
+        self.unknown[f"{method.name} chooses in the run ({density:.2f} assumed)"] = None
+        return density, density
 
 
 def without_layers(plan: Plan, layers: tuple[int, ...], count: int) -> Plan:
@@ -296,6 +312,13 @@ def _plan(plan: Plan | Method | str | Path) -> Plan:
     if isinstance(plan, Path) or (isinstance(plan, str) and plan.endswith(".json")):
         return Plan.load(plan)
     return Plan.of(build(plan) if isinstance(plan, str) else plan)
+
+
+def _choosers(plan: Plan) -> list[Method]:
+    """Return one method of each name that looks at query and key."""
+    methods = [rule.method for rule in plan.rules]
+    found = {m.name: m for m in methods if m.name != "dense" and not isinstance(m, GridMethod)}
+    return list(found.values())
 
 
 def _blocks(plan: Plan) -> tuple[int, ...]:

@@ -34,8 +34,10 @@ def frontier_of(outcome: Outcome) -> dict[str, Any]:
         "singles": singles,
         "weights": {
             "blend": outcome.blend,
-            "calibration_psnr_db": {f"{b:g}": _db(v) for b, v in outcome.blends.items()},
-            "sensitivity": _rounded(outcome.sensitivity.weight),
+            "kind": outcome.request.sensitivity,
+            "branches": list(table.branches),
+            "calibration_psnr_db": {name: _db(v) for name, v in outcome.blends.items()},
+            "sensitivity": _rounded(outcome.sensitivity.weight.mean(dim=2)),
             "layers_perturbed": list(outcome.sensitivity.measured),
         },
         "probe": {
@@ -62,13 +64,17 @@ def _model(outcome: Outcome) -> dict[str, Any]:
 def atlas_of(table: Table, choice: torch.Tensor) -> dict[str, Any]:
     """Return the head atlas: per layer, step range and head its map, bands, class and errors.
 
+    A cell whose branches run different candidates has `choices` of cond and uncond; its `choice` is
+    that of cond.
+
     Args:
-        table: what the probe measured.
-        choice: int64 [L * R * H], candidate per item.
+        table: what the probe measured; parts are step ranges.
+        choice: int64 [L * R * H], or [L * R * 2 * H] of the branches, candidate per item.
     """
     layers, ranges, heads = table.shape
     uniform = band_shares(table.sites.grid, table.sites.rows).tolist()
-    picked = choice.view(layers, ranges, heads)
+    chosen = choice.view(layers, ranges, -1, heads)
+    picked = chosen[:, :, 0]
     relative = table.error / table.norm.clamp(min=1e-30)[..., None]
     cells = []
     for layer in range(layers):
@@ -83,6 +89,7 @@ def atlas_of(table: Table, choice: torch.Tensor) -> dict[str, Any]:
                         "class": head_class(mass, uniform),
                         "bands": [round(m, 4) for m in mass],
                         "choice": int(picked[layer, part, head]),
+                        **_choices(chosen[layer, part, :, head].tolist()),
                         "error": _errors(relative[layer, part, head]),
                         "branches": _branches(table, layer, part, head),
                         "map": _bytes(table.maps[layer, part, head]),
@@ -106,6 +113,10 @@ def atlas_of(table: Table, choice: torch.Tensor) -> dict[str, Any]:
         ],
         "cells": cells,
     }
+
+
+def _choices(of_branches: list[int]) -> dict[str, list[int]]:
+    return {"choices": of_branches} if len(set(of_branches)) > 1 else {}
 
 
 def plain(method: Any) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The head atlas as one page: click a head for its candidates, change a choice, export a plan."""
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -84,28 +85,35 @@ def atlas(
 
 
 def choice_of(plan: Plan | None, table: Table, paths: tuple[str, ...]) -> torch.Tensor:
-    """Return int64 [L * R * H]: the candidate a plan runs at the first step of each range."""
+    """Return int64 [L * R * H]: the candidate a plan runs at the last step of each range.
+
+    A plan with rules for one guidance branch gives [L * R * 2 * H], cond and uncond.
+
+    Raises:
+        PlanError: it runs something that is no candidate.
+    """
     layers, ranges, heads = table.shape
-    choice = torch.zeros((layers, ranges, heads), dtype=torch.int64)
+    branches = ("cond", "uncond") if plan is not None and plan.needs_branch else ("",)
+    choice = torch.zeros((layers, ranges, len(branches), heads), dtype=torch.int64)
     if plan is None:
         return choice.flatten()
     names = {_key(c.method): n for n, c in enumerate(table.candidates)}
     steps = table.sites.steps
-    for layer in range(layers):
-        for part in range(ranges):
-            inside = [s for s in range(steps) if table.sites.range_of(s) == part]
-            if not inside:
-                continue
-            path = paths[layer] if paths else ""
-            for members, method in plan.rules_for(layer, path, inside[-1], steps, heads):
-                number = names.get(_key(method))
-                if number is None:
-                    raise PlanError(
-                        f"the plan runs {method.name} with parameters that are no candidate",
-                        expected="a plan of `dittools search` at this size",
-                        remedy="inspect without --plan",
-                    )
-                choice[layer, part, list(members)] = number
+    for layer, part, place in product(range(layers), range(ranges), range(len(branches))):
+        inside = [s for s in range(steps) if table.sites.range_of(s) == part]
+        if not inside:
+            continue
+        path, branch = paths[layer] if paths else "", branches[place]
+        rules = plan.rules_for(layer, path, inside[-1], steps, heads, branch)
+        for members, method in rules:
+            number = names.get(_key(method))
+            if number is None:
+                raise PlanError(
+                    f"the plan runs {method.name} with parameters that are no candidate",
+                    expected="a plan of `dittools search` at this size",
+                    remedy="inspect without --plan",
+                )
+            choice[layer, part, place, list(members)] = number
     return choice.flatten()
 
 

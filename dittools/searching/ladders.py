@@ -28,12 +28,17 @@ class Ladder:
         label: what tells it from the method's other ladders.
         make: density in (0, 1) -> the method that aims at it.
         fixed: whether the method's mask depends on the grid alone.
+        alone: whether what a head keeps depends on the heads beside it, so that only a method that
+            runs all heads of a layer can use it, not a search that chooses per head.
+        few: whether a search should try few densities, as choosing takes long.
     """
 
     method: str
     label: str
     make: Callable[[float], Method]
     fixed: bool = False
+    alone: bool = False
+    few: bool = False
 
 
 def block_for(grid: TokenGrid) -> int:
@@ -169,7 +174,7 @@ def _sparse_vdit(name: str, grid: TokenGrid) -> list[Ladder]:
     def chosen(density: float) -> Method:
         return build(name, {"density": round(density, 4), "block_size": block})
 
-    return [*(ladder(mode) for mode in modes), Ladder(name, "chosen per head", chosen)]
+    return [*(ladder(mode) for mode in modes), Ladder(name, "chosen per head", chosen, alone=True)]
 
 
 def _clear(name: str, grid: TokenGrid) -> list[Ladder]:
@@ -218,7 +223,7 @@ def _vmoba(name: str, grid: TokenGrid) -> list[Ladder]:
             given = {"top_k": round(density, 4), "block_size": block, **extra}
             return build(name, given)
 
-        return Ladder(name, label, make)
+        return Ladder(name, label, make, few=True)
 
     return [ladder("per token", {}), ladder("per tile", {"pooled": True})]
 
@@ -240,14 +245,14 @@ def _rectified(name: str, grid: TokenGrid) -> list[Ladder]:
 def _paro(name: str, grid: TokenGrid) -> list[Ladder]:
     block = block_for(grid)
 
-    def ladder(label: str, extra: dict[str, Any]) -> Ladder:
+    def ladder(label: str, per_head: bool) -> Ladder:
         def make(density: float) -> Method:
-            given = {"density": round(density, 4), "block_size": block, **extra}
+            given = {"density": round(density, 4), "block_size": block, "per_head": per_head}
             return build(name, given)
 
-        return Ladder(name, label, make)
+        return Ladder(name, label, make, alone=not per_head)
 
-    return [ladder("each head alike", {"per_head": True}), ladder("one threshold", {})]
+    return [ladder("each head alike", True), ladder("one threshold", False)]
 
 
 def _svg(name: str, grid: TokenGrid) -> list[Ladder]:
@@ -261,6 +266,24 @@ def _svg(name: str, grid: TokenGrid) -> list[Ladder]:
         return Ladder(name, "with the first frame" if sink else "without the first frame", make)
 
     return [ladder(False), ladder(True)]
+
+
+def _svg2(name: str, grid: TokenGrid) -> list[Ladder]:
+    """Clusters as large as the blocks of other methods; the mass kept sets the density."""
+    block = block_for(grid)
+
+    def make(density: float) -> Method:
+        given = {
+            "mass": round(min(max(density, 0.01) ** 0.5, 0.99), 4),
+            "least_kept": round(min(0.1, density / 2), 4),
+            "least_queries": block,
+            "least_keys": max(block // 2, 1),
+            "block_size": block,
+            "key_block": max(block // 2, 8),
+        }
+        return build(name, given)
+
+    return [Ladder(name, "", make, few=True)]
 
 
 def _by_density(name: str, grid: TokenGrid) -> list[Ladder]:
@@ -292,4 +315,5 @@ _MAKERS: dict[str, Callable[[str, TokenGrid], list[Ladder]]] = {
     "rectified": _rectified,
     "paro": _paro,
     "svg": _svg,
+    "svg2": _svg2,
 }

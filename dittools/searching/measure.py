@@ -13,6 +13,7 @@ from dittools.patches import attach
 from dittools.pipelines.generate import Settings, generate
 from dittools.plans import Plan, Rule
 from dittools.searching.candidates import Candidate
+from dittools.searching.gradient import carry_back
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.rows import sample_rows
 from dittools.searching.scout import Facts
@@ -94,12 +95,15 @@ class Bench:
         candidates: Sequence[Candidate],
         facts: Facts,
         carry: float | None,
+        active: Sequence[int] | None = None,
     ) -> list[Result]:
-        """Return what a probe measured in each generation."""
-        names = fingerprint([c.name for c in candidates], sites.ranges, sorted(sites.sampled))
+        """Return what a probe measured in each generation, of the active candidates."""
+        names = fingerprint(
+            [c.name for c in candidates], active, sites.ranges, sorted(sites.sampled)
+        )
 
         def measure(use: Settings) -> Result:
-            probe = Probe(sites, candidates, facts.gains, carry)
+            probe = Probe(sites, candidates, facts.gains, carry, active)
             with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend):
                 generate(self.pipe, use)
             return probe.results()
@@ -113,7 +117,20 @@ class Bench:
             )
             for number, use in enumerate(settings)
         ]
-        return self.store.run("measuring candidates", units)
+        what = "looking at all candidates" if active is None else "measuring candidates"
+        return self.store.run(what, units)
+
+    def carry_back(self, settings: Sequence[Settings], sites: Sites, vectors: int) -> list[Result]:
+        """Return what arrived at every head of random vectors over the final latents."""
+        units = [
+            Unit(
+                f"gradient {fingerprint(use.to_dict(), sites.ranges, vectors)}",
+                number,
+                lambda use=use, n=number: carry_back(self.pipe, use, sites, vectors, n),  # type: ignore[misc]
+            )
+            for number, use in enumerate(settings)
+        ]
+        return self.store.run("going backward through the sampler", units)
 
     def score(self, what: str, plan: Plan, settings: Sequence[Settings]) -> Score:
         """Return how a plan does on some generations."""
@@ -161,7 +178,7 @@ def _joined(found: Sequence[Result]) -> Score:
 def plan_digest(plan: Plan) -> str:
     """Return a digest of what a plan does, its provenance left out."""
     rules = [
-        (rule.layers, rule.heads, rule.steps, rule.method.name, _plain_params(rule))
+        (rule.layers, rule.heads, rule.steps, rule.branch, rule.method.name, _plain_params(rule))
         for rule in plan.rules
     ]
     return fingerprint(rules, vars(plan.schedule))

@@ -29,7 +29,7 @@ const pick=document.getElementById('range');let open=null;
 const names=A.candidates.map(c=>c.name);
 for(let r=0;r<A.ranges.length-1;r++)pick.add(new Option('steps '+
  (100*A.ranges[r]).toFixed(0)+'-'+(100*A.ranges[r+1]).toFixed(0)+' %',r));
-const first=A.cells.map(c=>c.choice);
+const first=A.cells.map(c=>c.choice),of=c=>c.choices||[c.choice];
 function paint(canvas,map){const n=Math.round(Math.sqrt(map.length));canvas.width=canvas.height=n;
  const g=canvas.getContext('2d'),d=g.createImageData(n,n);
  map.forEach((v,i)=>{d.data[4*i]=Math.min(255,v*1.6);d.data[4*i+1]=v*.9;
@@ -42,8 +42,9 @@ function draw(){place.textContent='';const r=+pick.value;
    b.setAttribute('aria-pressed',open&&open.l==l&&open.h==h?'true':'false');
    if(c.choice!=first[A.cells.indexOf(c)])b.classList.add('edited');
    const k=document.createElement('canvas');paint(k,c.map);b.append(k,
-    'h'+h+' '+c.class,document.createElement('br'),A.candidates[c.choice].method);
-   b.title='layer '+l+', head '+h+': '+names[c.choice];
+    'h'+h+' '+c.class,document.createElement('br'),
+    [...new Set(of(c).map(i=>A.candidates[i].method))].join(' / '));
+   b.title='layer '+l+', head '+h+': '+of(c).map(i=>names[i]).join(' / ');
    b.onclick=()=>{open={l,h};draw();show()};row.append(b)}
   place.append(row)}}
 function show(){if(!open)return;const r=+pick.value,c=at(open.l,r,open.h);side.textContent='';
@@ -56,18 +57,22 @@ function show(){if(!open)return;const r=+pick.value,c=at(open.l,r,open.h);side.t
   (100*A.uniform[i]).toFixed(0)+' %)').join(', ');
  add(['candidate','density','relative error','per branch',''],1);
  c.error.map((e,i)=>i).sort((a,b)=>(c.error[a]??9e9)-(c.error[b]??9e9)||a-b).forEach(i=>{
-  const b=document.createElement('button');b.textContent=i==c.choice?'chosen':'choose';
-  b.disabled=i==c.choice||c.error[i]==null;b.onclick=()=>{c.choice=i;draw();show();sum()};
+  const b=document.createElement('button'),on=of(c).includes(i);
+  b.textContent=!on?'choose':
+   c.choices?'chosen for '+['cond','uncond'][c.choices.indexOf(i)]:'chosen';
+  b.disabled=on&&!c.choices||c.error[i]==null;
+  b.onclick=()=>{c.choice=i;delete c.choices;draw();show();sum()};
   add([names[i],A.candidates[i].density.toFixed(3),c.error[i]==null?'cannot run':
    c.error[i].toFixed(4),c.branches.map(x=>x[i]==null?'-':x[i].toFixed(3)).join(' / '),b])});
  const s=document.createElement('div');s.className='scroll';s.append(t);side.append(h,p,s)}
 function density(){let d=0,n=0;A.cells.forEach(c=>{const w=A.range_steps[c.range];
- d+=w*A.candidates[c.choice].density;n+=w});return d/n}
+ of(c).forEach(i=>d+=w*A.candidates[i].density/of(c).length);n+=w});return d/n}
 function sum(){document.getElementById('density').textContent=density().toFixed(3)}
-function rules(){const out=[];A.cells.forEach(c=>{if(!c.choice||!A.range_steps[c.range])return;
- const k=A.candidates[c.choice];if(!k.params)throw Error(k.name+' needs tensors');
+function rules(){const out=[];A.cells.forEach(c=>{if(!A.range_steps[c.range])return;
+ of(c).forEach((i,n)=>{if(!i)return;const k=A.candidates[i];
+ if(!k.params)throw Error(k.name+' needs tensors');
  out.push({layers:[c.layer],heads:[c.head],steps:[A.ranges[c.range],A.ranges[c.range+1]],
-  method:k.method,params:k.params})});return out}
+  ...(c.choices?{branch:['cond','uncond'][n]}:{}),method:k.method,params:k.params})})});return out}
 const button=document.getElementById('export');
 if(button)button.onclick=()=>{let text;try{text=JSON.stringify({format:'dittools-plan',version:1,
  model:A.model,schedule:{dense_first_steps:0,dense_last_steps:0,dense_layers:0},rules:rules(),

@@ -9,14 +9,14 @@ import torch
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
-from dittools.patches.meter import Meter
-from dittools.patches.timing import Stopwatch
 from dittools.searching.atlas import BANDS, MAP_SIDE, band_keys, small_map
 from dittools.searching.candidates import Candidate
-from dittools.searching.rows import mask_rows, masked_output, weights
+from dittools.searching.rows import mask_rows, masked_output
+from dittools.searching.rowwise import RowBackend
 
 BRANCHES = ("cond", "uncond", "")
 CHUNK = 128  # query rows looked at together
+MEMORY_BYTES = 2**28  # up to which candidates may remember their choices from step to step
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Probe:
             are measured behind it. None counts errors of the head's own output.
         carry: weight of the density in Sparse-vDiT's greedy choice; the chosen candidates' output
             is passed on, so that later layers and steps see their error. None passes dense on.
+        active: numbers of the candidates to measure; None takes all.
     """
 
     name: ClassVar[str] = "probe"
@@ -72,18 +73,21 @@ class Probe:
         candidates: Sequence[Candidate],
         gains: Sequence[torch.Tensor | None],
         carry: float | None = None,
+        active: Sequence[int] | None = None,
     ) -> None:
         """Make room for the sums."""
         self.sites, self.candidates, self.gains, self.carry = sites, candidates, gains, carry
+        count = len(candidates)
+        self.active = [n for n in (range(count) if active is None else active) if n]
         self._kept: dict[int, torch.Tensor] = {}
-        self._watch = Stopwatch()
+        self._memory: dict[tuple[int, str, int], dict[str, object]] = {}
         shape = (sites.layers, len(sites.ranges) - 1, len(BRANCHES), sites.heads)
         side = min(MAP_SIDE, sites.grid.total)
-        count = len(candidates)
         self.error = torch.zeros((*shape, count), dtype=torch.float64)
+        self.density = torch.zeros((*shape, count), dtype=torch.float64)
+        self.computed = torch.zeros((*shape, count), dtype=torch.float64)
         self.norm = torch.zeros(shape, dtype=torch.float64)
         self.calls = torch.zeros(shape[:3], dtype=torch.float64)
-        self.density = torch.zeros((2, count), dtype=torch.float64)  # sum, calls
         self.bands = torch.zeros((*shape[:2], sites.heads, len(BANDS)), dtype=torch.float64)
         self.maps = torch.zeros((*shape[:2], sites.heads, side, side), dtype=torch.float32)
         self.skipped = 0
@@ -94,7 +98,7 @@ class Probe:
 
     def results(self) -> dict[str, torch.Tensor]:
         """Return what was measured, sums over calls, by name."""
-        names = ("error", "norm", "calls", "density", "bands", "maps")
+        names = ("error", "norm", "calls", "density", "computed", "bands", "maps")
         return {name: getattr(self, name).clone() for name in names}
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
@@ -105,58 +109,81 @@ class Probe:
         if call.grid != self.sites.grid or call.head_count != self.sites.heads:
             self.skipped += 1
             return out
-        error, norm = self._measure(call, backend, out)
         where = (call.layer, self.sites.range_of(call.step), BRANCHES.index(_branch(call)))
+        error, norm = self._measure(call, backend, where)
         self.error[where] += error
         self.norm[where] += norm
         self.calls[where] += 1
         return out if self.carry is None else self._chosen(call, backend, out, error, norm)
 
     def _measure(
-        self, call: AttentionCall, backend: Backend, out: torch.Tensor
+        self, call: AttentionCall, backend: Backend, where: tuple[int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean squared errors [H, C] and mean squared norms [H] over the sampled queries."""
+        """Return mean squared errors [H, C] and mean squared norms [H] over the sampled queries.
+
+        All candidates share the scores of the sampled queries; of one that looks at query and key,
+        only those queries are worked out.
+        """
         rows, gain = self.sites.rows, self.gains[call.layer]
         heads, batch = call.head_count, call.query.shape[0]
         error = torch.zeros((heads, len(self.candidates)), dtype=torch.float64)
         norm = torch.zeros(heads, dtype=torch.float64)
-        full = self._run_whole(call, backend)
-        for item in range(batch):
-            q, k, v = (t[item].transpose(0, 1).float() for t in (call.query, call.key, call.value))
-            bias = call.additive_mask()
-            line = None if bias is None else bias[min(item, len(bias) - 1)][:, None].float()
-            for part in range(0, len(rows), CHUNK):
-                some = slice(part, part + CHUNK)
-                at = rows[some].to(q.device)
-                weight = weights(q[:, at], k, call.softmax_scale, line)
-                dense = weight @ v / weight.sum(dim=-1, keepdim=True)
-                self._note_shape(call, weight, rows[some])
-                norm += _size(dense, gain) / (batch * len(rows))
-                for number, candidate in enumerate(self.candidates[1:], start=1):
-                    if number in full:
-                        other = full[number][item][:, at]
-                    else:
-                        kept = self._rows_of(number, candidate)[:, some].to(q.device)
-                        other = masked_output(weight, kept, v)
-                    error[:, number] += _size(other - dense, gain) / (batch * len(rows))
+        for part in range(0, len(rows), CHUNK):
+            some = rows[part : part + CHUNK]
+            sampled = RowBackend(backend, call, some)
+            at = some.to(call.query.device)
+            share = batch * len(rows)
+            dense = []
+            for item, (weight, _) in enumerate(sampled.weights(call)):
+                value = call.value[item].transpose(0, 1).float()
+                dense.append(weight @ value / weight.sum(dim=-1, keepdim=True))
+                self._note_shape(call, weight, some)
+                norm += _size(dense[item], gain) / share
+            for number in self.active:
+                candidate = self.candidates[number]
+                if candidate.mask is None:
+                    others = self._dynamic(number, call, sampled, at)
+                    if part == 0:
+                        self.density[where][:, number] += sampled.kept
+                        self.computed[where][:, number] += sampled.visited
+                else:
+                    kept = self._rows_of(number, candidate)[:, part : part + CHUNK].to(at.device)
+                    values = [v.transpose(0, 1).float() for v in call.value]
+                    pairs = zip(sampled.weights(call), values, strict=True)
+                    others = [masked_output(weight, kept, value) for (weight, _), value in pairs]
+                for other, exact in zip(others, dense, strict=True):
+                    error[:, number] += _size(other - exact, gain) / share
+        self._note_fixed(where)
         return error, norm
 
-    def _run_whole(self, call: AttentionCall, backend: Backend) -> dict[int, torch.Tensor]:
-        """Return [B, H, N, D] of the candidates that look at query and key, and note densities."""
-        outputs = {}
-        for number, candidate in enumerate(self.candidates):
-            if candidate.mask is not None or candidate.method.name == "dense":
-                continue
-            fresh = replace(call, memory={})
-            if candidate.method.not_supported(fresh):
-                outputs[number] = torch.full_like(call.query, float("inf")).transpose(1, 2)
-                continue
-            meter = Meter(backend, fresh, lambda c=fresh: backend.dense(c), self._watch)  # type: ignore[misc]
-            result = candidate.method.attend(fresh, meter)
-            outputs[number] = result.float().transpose(1, 2)
-            self.density[0, number] += float(meter.density(fresh))
-            self.density[1, number] += 1
-        return outputs
+    def _dynamic(
+        self, number: int, call: AttentionCall, sampled: RowBackend, at: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return per item [H, R, D] of a candidate that looks at query and key."""
+        method = self.candidates[number].method
+        sampled.forget()
+        use = replace(call, memory=self._remembered(call, number))
+        if method.not_supported(use):
+            return [
+                torch.full((call.head_count, len(at), call.query.shape[3]), float("inf"))
+            ] * len(call.query)
+        out = method.attend(use, sampled)
+        return [part[at].transpose(0, 1).float() for part in out]
+
+    def _remembered(self, call: AttentionCall, number: int) -> dict[str, object]:
+        """Return what a candidate remembers of a site and branch, as in a run; if there is room."""
+        blocks = self.sites.grid.total / 32
+        held = blocks**2 * self.sites.heads * self.sites.layers * 2 * len(self.active)
+        if held > MEMORY_BYTES:
+            return {}
+        return self._memory.setdefault((call.layer, _branch(call), number), {})
+
+    def _note_fixed(self, where: tuple[int, int, int]) -> None:
+        for number in self.active:
+            candidate = self.candidates[number]
+            if candidate.mask is not None:
+                self.density[where][:, number] += candidate.mask.head_density()
+                self.computed[where][:, number] += candidate.computed
 
     def _rows_of(self, number: int, candidate: Candidate) -> torch.Tensor:
         """Return bool [H or 1, R, N] of a candidate, expanded once per generation."""

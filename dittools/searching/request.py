@@ -22,21 +22,31 @@ class Budget:
         rows: queries looked at per call.
         steps_per_range: steps looked at in each step range.
         sensitivity: layers perturbed one at a time, in every step range; the others lie between.
+        vectors: random vectors carried back through the sampler, where sensitivity is asked so.
         rounds: generations of the held-out prompts at most, one plan each.
         points: single methods that are generated too, for the frontier.
     """
 
     calibration: int = 2
     held_out: int = 4
-    rows: int = 256
+    rows: int = 96
     steps_per_range: int = 2
-    sensitivity: int = 8
+    sensitivity: int = 3
     rounds: int = 8
-    points: int = 6
+    points: int = 3
+    vectors: int = 2
 
     def __post_init__(self) -> None:
         """Refuse what measures nothing."""
-        for name in ("calibration", "held_out", "rows", "steps_per_range", "rounds", "sensitivity"):
+        for name in (
+            "calibration",
+            "held_out",
+            "rows",
+            "steps_per_range",
+            "rounds",
+            "sensitivity",
+            "vectors",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(
                     f"budget {name} is not usable",
@@ -46,10 +56,11 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(1, 2, 128, 1, 2, 4, 0),
+    "quick": Budget(1, 2, 64, 1, 2, 4, 0, 1),
     "standard": Budget(),
-    "thorough": Budget(4, 8, 512, 4, 16, 12, 40),
+    "thorough": Budget(4, 8, 256, 4, 16, 12, 40, 4),
 }
+SENSITIVITIES = ("perturbation", "gradient")
 DEFAULT_RANGES = (0.0, 1 / 6, 1 / 3, 2 / 3, 1.0)
 
 
@@ -88,6 +99,7 @@ class Request:
         ranges: edges of the step ranges, as shares of the run.
         carry: penalty of Sparse-vDiT's greedy choice during calibration; None measures on dense
             inputs.
+        sensitivity: "perturbation" or "gradient": how it is found what an error does in the end.
     """
 
     prompts: tuple[str, ...]
@@ -99,6 +111,7 @@ class Request:
     constraints: Constraints = field(default_factory=Constraints)
     ranges: tuple[float, ...] = DEFAULT_RANGES
     carry: float | None = None
+    sensitivity: str = "perturbation"
 
     def __post_init__(self) -> None:
         """Check prompts, methods and step ranges."""
@@ -110,6 +123,12 @@ class Request:
                 "unknown method in the search",
                 expected=", ".join(METHODS),
                 got=", ".join(unknown),
+            )
+        if self.sensitivity not in SENSITIVITIES:
+            raise InputError(
+                "unknown kind of sensitivity",
+                expected=", ".join(SENSITIVITIES),
+                got=repr(self.sensitivity),
             )
         edges = self.ranges
         rising = all(a < b for a, b in pairwise(edges))

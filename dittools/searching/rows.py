@@ -8,10 +8,10 @@ _TINY = 1e-20  # a sum of weights below this has lost its digits
 
 
 def mask_rows(mask: BlockMask, rows: torch.Tensor) -> torch.Tensor:
-    """Return bool [H or 1, R, tokens]: the keys that some queries keep, in the sequence's order.
+    """Return bool [H or 1, R, keys]: the keys that some queries keep, in the sequence's order.
 
     Args:
-        mask: over the sequence, of as many queries as keys.
+        mask: over the sequence; keys beyond it follow in their own order.
         rows: int64 [R], query tokens.
     """
     tokens = mask.kv_tokens or (mask.order.tokens if mask.order else mask.kv_slots)
@@ -30,8 +30,9 @@ def mask_rows(mask: BlockMask, rows: torch.Tensor) -> torch.Tensor:
         kept &= (bits | (index < 0)[..., None]).flatten(2)
     if order is None:
         return kept[..., :tokens]
-    place = order.inverse.expand(heads, -1)[:, None].expand(-1, kept.shape[1], -1)
-    return kept.gather(2, place)
+    extra = order.slots + torch.arange(tokens - order.tokens, device=order.inverse.device)
+    place = torch.cat((order.inverse, extra.expand(len(order.inverse), -1)), dim=1)
+    return kept.gather(2, place.expand(heads, -1)[:, None].expand(-1, kept.shape[1], -1))
 
 
 def sample_rows(tokens: int, count: int, seed: int) -> torch.Tensor:
@@ -44,12 +45,13 @@ def sample_rows(tokens: int, count: int, seed: int) -> torch.Tensor:
 
 def weights(
     query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Return float32 [H, R, N]: exp(score - row maximum), not yet normalised."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return float32 [H, R, N] exp(score - row maximum), not yet normalised, and the maxima."""
     scores = (query * scale) @ key.transpose(1, 2)
     if bias is not None:
         scores = scores + bias
-    return (scores - scores.amax(dim=-1, keepdim=True)).exp()
+    peak = scores.amax(dim=-1, keepdim=True)
+    return (scores - peak).exp_(), peak
 
 
 def masked_output(weight: torch.Tensor, kept: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

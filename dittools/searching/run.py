@@ -12,20 +12,24 @@ from dittools.errors import InputError
 from dittools.patches.attach import find_targets
 from dittools.plans import Plan
 from dittools.searching.allocate import Unreachable
-from dittools.searching.candidates import Candidate, candidates_for, without
+from dittools.searching.candidates import Candidate, candidates_for, is_chooser, without
 from dittools.searching.cost import CostTable, flops_table, measure_costs
+from dittools.searching.gradient import gradient_weights
 from dittools.searching.measure import Bench, Score, sites_for
 from dittools.searching.points import Watch, curve_points, single_points, trial_point
+from dittools.searching.probe import Sites
 from dittools.searching.request import Request
 from dittools.searching.scout import Facts, named_backend, scout
 from dittools.searching.solver import Predictor, Solution, Solver
 from dittools.searching.store import Result, Store, Unit, fingerprint, weights_digest
-from dittools.searching.table import Table, flat_weights, merge
+from dittools.searching.table import Table, flat_weights, merge, survivors
 from dittools.searching.verify import DENSITY_SLACK, Trial, Verdict, Verifier
 from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_layers
 
 Report = Callable[[str, int, int], None]
 BLENDS = (1.0, 0.5, 0.0)  # measured weights, half-way, flat: isolated perturbations can mislead
+NEAR = 0.03  # a single method of another density does not compare with the plan
+SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 _REFERENCE_DENSITY = 0.35  # where the blends are compared when no density is asked for
 
 
@@ -40,7 +44,7 @@ class Outcome:
     predictor: Predictor
     sensitivity: Sensitivity
     blend: float
-    blends: dict[float, float]
+    blends: dict[str, float]
     verdict: Verdict
     singles: list[tuple[int, Score]]
     plan: Plan
@@ -115,6 +119,7 @@ def cost_table(
     blocks = sorted(
         {int(b) for c in candidates if (b := getattr(c.method, "block_size", 0))} or {128}
     )
+    choosers = list({c.method.name: c.method for c in candidates if is_chooser(c)}.values())
 
     def make() -> Result:
         table = measure_costs(
@@ -125,6 +130,7 @@ def cost_table(
             device=device,
             dtype=facts.dtype,
             blocks=tuple(blocks),
+            choosing=choosers,
         )
         table = replace(table, attention_share=facts.attention_share, seconds=facts.seconds)
         return {
@@ -134,6 +140,7 @@ def cost_table(
         }
 
     key = f"cost {facts.grid} {facts.model.heads} {facts.model.head_dim} {facts.dtype} {blocks}"
+    key += " " + " ".join(m.name for m in choosers)
     found = store.run("timing kernels", [Unit(f"{key} {facts.steps}", 0, make)])[0]["json"]
     return CostTable.from_dict(json.loads(found.numpy().tobytes()))
 
@@ -155,8 +162,7 @@ def run(
     sites = sites_for(
         facts, request.ranges, budget.rows, budget.steps_per_range, request.settings.seed
     )
-    results = bench.calibrate(request.calibration, sites, candidates, facts, request.carry)
-    table = merge(results, candidates, sites)
+    table = calibrated(bench, request, facts, candidates, sites)
     device = torch.device(getattr(pipe, "device", "cpu"))
     costs = cost_table(store, facts, candidates, backend, device)
     first = Solver(
@@ -168,21 +174,50 @@ def run(
         by_time=request.target == "speedup",
     )
     start = _start(first, request)
-    layers = sampled_layers(
-        facts.model.layers, budget.sensitivity, request.constraints.dense_layers
-    )
-    choice = first.solve(start).choice
-    sensitivity = measure_sensitivity(
-        bench, table, choice, facts.model, request.calibration[:1], layers
-    )
+    sensitivity = _sensitivity(bench, first, request, facts, start)
     solver, predictor, blend, tried = _best_blend(bench, first, sensitivity, request, start)
     watch("curve", curve_points(solver, predictor))
     watch("singles", single_points(solver, predictor, {}))
     verdict = _verify(bench, solver, predictor, request, start, watch)
     singles = _singles(bench, solver, verdict.chosen.solution.density, request)
-    plan = _signed(verdict, request, costs, facts)
+    plan = _signed(verdict, request, solver, facts)
     return Outcome(
         request, facts, table, solver, predictor, sensitivity, blend, tried, verdict, singles, plan
+    )
+
+
+def calibrated(
+    bench: Bench, request: Request, facts: Facts, candidates: list[Candidate], sites: Sites
+) -> Table:
+    """Return the table of errors: a short look at all candidates, a longer one at the best."""
+    scouted, active = None, None
+    if len(candidates) > SCOUTED and request.carry is None:
+        rows = max(1, request.budget.rows // 2)
+        brief = sites_for(facts, request.ranges, rows, 1, request.settings.seed)
+        first = bench.calibrate(request.calibration[:1], brief, candidates, facts, None)
+        scouted = merge(first, candidates, brief)
+        active = survivors(scouted)
+    results = bench.calibrate(request.calibration, sites, candidates, facts, request.carry, active)
+    return merge(results, candidates, sites, scouted, active)
+
+
+def _sensitivity(
+    bench: Bench, first: Solver, request: Request, facts: Facts, start: float
+) -> Sensitivity:
+    """Return weights, measured the way the request asks for."""
+    budget = request.budget
+    if request.sensitivity == "gradient":
+        sites = first.table.sites
+        found = bench.carry_back(request.calibration, sites, budget.vectors)
+        total = {name: torch.stack([r[name] for r in found]).sum(dim=0) for name in found[0]}
+        weight, both = gradient_weights(total, sites, facts)
+        return Sensitivity(weight, tuple(range(facts.model.layers)), both)
+    layers = sampled_layers(
+        facts.model.layers, budget.sensitivity, request.constraints.dense_layers
+    )
+    choice = first.solve(start).choice
+    return measure_sensitivity(
+        bench, first.table, choice, facts.model, request.calibration[:1], layers
     )
 
 
@@ -221,22 +256,35 @@ def _start(solver: Solver, request: Request) -> float:
 
 def _best_blend(
     bench: Bench, first: Solver, sensitivity: Sensitivity, request: Request, start: float
-) -> tuple[Solver, Predictor, float, dict[float, float]]:
+) -> tuple[Solver, Predictor, float, dict[str, float]]:
     """Return the solver whose joint plan does best on the calibration prompts, and its predictor.
 
-    Isolated perturbations do not add up, so the weights are tried as they are, flattened half-way,
-    and flat; the joint runs also fix the scale of predicted errors.
+    Isolated errors do not add up, so the weights are tried as they are, flattened half-way, and
+    flat; then rules per guidance branch, whose errors may cancel less. The joint runs also fix the
+    scale of predicted errors.
     """
     flat = flat_weights(first.table)
-    solvers = {b: replace(first, weight=sensitivity.blended(flat, b)) for b in BLENDS}
-    solutions = {b: solver.solve(start) for b, solver in solvers.items()}
-    scores = bench.score_all(
-        "comparing weights", [solutions[b].plan for b in BLENDS], request.calibration
-    )
-    tried = {b: score.mean_psnr_db for b, score in zip(BLENDS, scores, strict=True)}
-    blend = max(BLENDS, key=lambda b: tried[b])
-    predictor = Predictor.fitted(solutions[blend].loss, tried[blend])
-    return solvers[blend], predictor, blend, tried
+    solvers = {f"{b:g}": replace(first, weight=sensitivity.blended(flat, b)) for b in BLENDS}
+    tried = _compare(bench, solvers, request, start)
+    best = max(solvers, key=lambda name: tried[name])
+    blend = float(best)
+    split = first.table.split()
+    if split is not None:
+        weight = sensitivity.blended(flat_weights(split), blend)
+        name = f"{best}, branches apart"
+        solvers[name] = replace(first, table=split, weight=weight)
+        tried |= _compare(bench, {name: solvers[name]}, request, start)
+        best = max(solvers, key=lambda name: tried[name])
+    predictor = Predictor.fitted(solvers[best].solve(start).loss, tried[best])
+    return solvers[best], predictor, blend, tried
+
+
+def _compare(
+    bench: Bench, solvers: dict[str, Solver], request: Request, start: float
+) -> dict[str, float]:
+    plans = [solver.solve(start).plan for solver in solvers.values()]
+    scores = bench.score_all("comparing weights", plans, request.calibration)
+    return {name: score.mean_psnr_db for name, score in zip(solvers, scores, strict=True)}
 
 
 def _verify(
@@ -265,24 +313,29 @@ def _verify(
 def _singles(
     bench: Bench, solver: Solver, density: float, request: Request
 ) -> list[tuple[int, Score]]:
-    """Return scores of single methods on the held-out prompts, those nearest in density first."""
-    ranked = sorted(
-        (abs(c.density - density), number, c.method.name)
+    """Return scores of single methods of about that density on the held-out prompts.
+
+    One of each method comes first, those predicted to do best before the others.
+    """
+    usable = [
+        number
         for number, c in enumerate(solver.table.candidates)
         if number and getattr(c.method, "mode", "") != "skip"
-    )
-    nearest: dict[str, int] = {}
-    for _, number, name in ranked:
-        nearest.setdefault(name, number)
-    chosen = list(nearest.values())
-    chosen += [number for _, number, _ in ranked if number not in chosen]
+    ]
+    apart = {n: abs(solver.table.candidates[n].density - density) for n in usable}
+    loss = {n: solver.single(n).loss for n in usable}
+    near = sorted(usable, key=lambda n: (max(apart[n] - NEAR, 0.0), loss[n], n))
+    best: dict[str, int] = {}
+    for number in near:
+        best.setdefault(solver.table.candidates[number].method.name, number)
+    chosen = [*best.values(), *(n for n in near if n not in best.values())]
     chosen = chosen[: request.budget.points]
     plans = [solver.single(number).plan for number in chosen]
     scores = bench.score_all("generating with single methods", plans, request.held_out)
     return list(zip(chosen, scores, strict=True))
 
 
-def _signed(verdict: Verdict, request: Request, costs: CostTable, facts: Facts) -> Plan:
+def _signed(verdict: Verdict, request: Request, solver: Solver, facts: Facts) -> Plan:
     """Return the plan with where it comes from and what was measured; no times, no dates."""
     chosen: Trial = verdict.chosen
     solution: Solution = chosen.solution
@@ -295,9 +348,15 @@ def _signed(verdict: Verdict, request: Request, costs: CostTable, facts: Facts) 
         "grid": list(facts.grid.shape),
         "calibration": [s.prompt for s in request.calibration],
         "held_out": [s.prompt for s in request.held_out],
-        "cost_basis": costs.basis,
+        "cost_basis": solver.costs.basis,
     }
+    used = [
+        c for c in solver.table.candidates if any(c.method == r.method for r in solution.plan.rules)
+    ]
     measured = {
+        "densities": {
+            c.name: [round(c.density, 4), round(c.computed, 4)] for c in used if is_chooser(c)
+        },
         "density": round(chosen.score.density, 6),
         "predicted_density": round(solution.density, 6),
         "predicted_psnr_db": round(chosen.predicted_db, 4),

@@ -7,6 +7,7 @@ import torch
 
 from dittools.plans import ModelFacts, Plan
 from dittools.searching.allocate import Unreachable, allocate, within_memory
+from dittools.searching.candidates import Candidate
 from dittools.searching.cost import CostTable
 from dittools.searching.request import Constraints
 from dittools.searching.table import Table, plan_of, problem_of, reuse_neighbours
@@ -19,7 +20,7 @@ class Solution:
 
     Attributes:
         plan: its rules.
-        choice: int64 [L * R * H], candidate per item.
+        choice: int64 [L * P * H], candidate per item.
         density: predicted share of pairs over the run.
         cost: predicted attention time as a share of dense.
         loss: predicted mean squared pixel error, up to the scale of the weights.
@@ -38,7 +39,7 @@ class Solver:
 
     Attributes:
         table: errors of all candidates.
-        weight: [L, R].
+        weight: [L, P, H].
         costs: kernel times.
         constraints: what the plan must keep to.
         model: whose plan it is.
@@ -53,14 +54,16 @@ class Solver:
     by_time: bool = False
 
     def times(self) -> torch.Tensor:
-        """Return float64 [C]: time of a candidate as a share of dense."""
-        ratios = [
-            1.0
-            if c.method.name == "dense"
-            else self.costs.ratio(c.computed, int(getattr(c.method, "block_size", 128)))
-            for c in self.table.candidates
-        ]
-        return torch.tensor(ratios, dtype=torch.float64)
+        """Return float64 [L, P, H, C]: time of a candidate as a share of dense."""
+        return torch.stack([self._time(n, c) for n, c in enumerate(self.table.candidates)], dim=-1)
+
+    def _time(self, number: int, candidate: Candidate) -> torch.Tensor:
+        share = self.table.computed[..., number]
+        if candidate.method.name == "dense":
+            return torch.ones_like(share)
+        block = int(getattr(candidate.method, "block_size", 128))
+        choosing = self.costs.choosing(candidate.method.name)
+        return share.clone().apply_(lambda x: self.costs.ratio(x, block) + choosing)
 
     def solve(self, budget: float) -> Solution:
         """Return the best plan whose density (or time share) is at most the budget.
@@ -68,7 +71,7 @@ class Solver:
         Raises:
             Unreachable: the cheapest plan costs more.
         """
-        by_density = problem_of(self.table, self.weight, self.table.densities(), self.constraints)
+        by_density = problem_of(self.table, self.weight, self.table.density, self.constraints)
         by_time = problem_of(self.table, self.weight, self.times(), self.constraints)
         problem = by_time if self.by_time else by_density
         if self.constraints.mask_bytes:
@@ -100,9 +103,9 @@ class Solver:
 
     def single(self, number: int) -> Solution:
         """Return one candidate on every layer, head and step."""
-        layers, ranges, heads = self.table.shape
-        choice = torch.full((layers * ranges * heads,), number, dtype=torch.int64)
-        free = problem_of(self.table, self.weight, self.table.densities(), Constraints())
+        layers, parts, heads = self.table.shape
+        choice = torch.full((layers * parts * heads,), number, dtype=torch.int64)
+        free = problem_of(self.table, self.weight, self.table.density, Constraints())
         timed = problem_of(self.table, self.weight, self.times(), Constraints())
         return Solution(
             Plan.of(self.table.candidates[number].method),

@@ -1,4 +1,7 @@
-"""How much an error at one layer and step range matters in the end: perturbed generations."""
+"""How much an error at one layer and step range matters in the end: perturbed generations.
+
+`gradient` finds the same by a backward pass.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ import torch
 from dittools.pipelines.generate import Settings
 from dittools.plans import ModelFacts
 from dittools.searching.measure import Bench
-from dittools.searching.table import Table, flat_weights, plan_of
+from dittools.searching.table import Table, plan_of
 
 _LEAST = 1e-12  # mean squared pixel error below which a perturbation did nothing
 
@@ -19,17 +22,31 @@ class Sensitivity:
     """Harm per predicted error.
 
     Attributes:
-        weight: float64 [L, R], mean squared pixel error per squared attention error of one step.
-        measured: layers that were perturbed; the others are interpolated.
+        weight: float64 [L, R, H], mean squared pixel error per squared attention error of one step,
+            up to a common factor.
+        measured: layers that were looked at; the others are interpolated.
+        by_branch: [L, R, 2, H] of the cond and the uncond branch, where they were told apart.
     """
 
     weight: torch.Tensor
     measured: tuple[int, ...]
+    by_branch: torch.Tensor | None = None
 
     def blended(self, flat: torch.Tensor, share: float) -> torch.Tensor:
-        """Return a weight between flat (0) and measured (1), geometrically, equal in the mean."""
-        scale = float((self.weight.log() - flat.log()).mean())
-        return (share * self.weight.log() + (1 - share) * (flat.log() + scale)).exp()
+        """Return a weight between flat (0) and measured (1), geometrically, equal in the mean.
+
+        Args:
+            flat: [L, P, H], of a table whose parts may be split by branch.
+            share: of the measured weight.
+        """
+        weight = self.weight
+        if flat.shape[1] != weight.shape[1]:
+            both = self.by_branch
+            if both is None:
+                both = weight[:, :, None].expand(-1, -1, 2, -1)
+            weight = both.flatten(1, 2)
+        scale = float((weight.log() - flat.log()).mean())
+        return (share * weight.log() + (1 - share) * (flat.log() + scale)).exp()
 
 
 def sampled_layers(layers: int, count: int, pinned: Sequence[int]) -> tuple[int, ...]:
@@ -62,13 +79,13 @@ def measure_sensitivity(
         settings: generations, the mean over them counts.
         layers: layers to perturb.
     """
-    _, ranges, _ = table.shape
+    _, ranges, heads = table.shape
     steps = table.range_weight()
     at = [(layer, part) for layer in layers for part in range(ranges) if steps[part]]
     plans = [plan_of(table, choice, model, only=place) for place in at]
     kept = [n for n, plan in enumerate(plans) if plan.rules]
     scores = bench.score_all("measuring sensitivity", [plans[n] for n in kept], settings)
-    flat = flat_weights(table)
+    flat = 1 / table.norm.sum(dim=2).clamp(min=1e-30)
     weight = torch.full_like(flat, float("nan"))
     predicted = _predicted(table, choice)
     for n, score in zip(kept, scores, strict=True):
@@ -77,7 +94,8 @@ def measure_sensitivity(
         error = float(predicted[layer, part]) * float(steps[part])
         if harm > _LEAST and error > 0:
             weight[layer, part] = harm / error
-    return Sensitivity(_filled(weight, flat), layers)
+    filled = _filled(weight, flat)
+    return Sensitivity(filled[..., None].expand(-1, -1, heads).contiguous(), layers)
 
 
 def _predicted(table: Table, choice: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,126 @@
+"""A backend that works out a few query rows only: what a candidate would have made of a call."""
+
+from typing import overload
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.kernels import Backend
+from dittools.mask import BlockMask
+from dittools.searching.rows import mask_rows, masked_output, weights
+
+
+class RowBackend:
+    """Exact attention of some queries, zero for all others; counts what each head keeps.
+
+    Scores of the sampled queries are worked out once per call and shared by all candidates. Calls
+    of another shape (gathered queries, quantised products) run whole on the backend behind.
+
+    Args:
+        backend: runs what cannot be sampled.
+        whole: the call of the site with all its heads.
+        rows: int64 [R], queries looked at.
+    """
+
+    def __init__(self, backend: Backend, whole: AttentionCall, rows: torch.Tensor) -> None:
+        """Start with nothing counted."""
+        self._backend, self._whole, self.name = backend, whole, backend.name
+        self._rows, self._at = rows, rows.to(whole.query.device)
+        self._weights: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, object]] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Start counting for the next candidate; scores stay."""
+        heads = self._whole.head_count
+        self.kept = torch.zeros(heads, dtype=torch.float64)
+        self.visited = torch.zeros(heads, dtype=torch.float64)
+
+    def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
+        """What the backend says."""
+        return self._backend.not_supported(call, mask)
+
+    def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
+        """Never: the plan decides."""
+        return False
+
+    def dense(self, call: AttentionCall) -> torch.Tensor:
+        """Return [B, S, H, D], zero but for the sampled rows."""
+        one = torch.ones(1, dtype=torch.float64)
+        self._count(call, one, one)
+        if not self._fits(call):
+            return self._backend.dense(call)
+        return self._run(call, None)[0]
+
+    @overload
+    def block_sparse(self, call: AttentionCall, mask: BlockMask) -> torch.Tensor: ...
+
+    @overload
+    def block_sparse(
+        self, call: AttentionCall, mask: BlockMask, *, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def block_sparse(
+        self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return [B, S, H, D], zero but for the sampled rows, and their log-sum-exp [B, S, H]."""
+        density, computed = mask.head_density(), mask.keep.double().mean(dim=(1, 2))
+        self._count(call, density.cpu(), computed.cpu())
+        if not self._fits(call):
+            if return_lse:
+                return self._backend.block_sparse(call, mask, return_lse=True)
+            return self._backend.block_sparse(call, mask)
+        out, lse = self._run(call, mask)
+        return (out, lse) if return_lse else out
+
+    def _fits(self, call: AttentionCall) -> bool:
+        return (
+            call.query.shape[1] == self._whole.query.shape[1]
+            and call.grid == self._whole.grid
+            and getattr(call, "quantize", "none") == "none"
+        )
+
+    def _count(self, call: AttentionCall, density: torch.Tensor, computed: torch.Tensor) -> None:
+        """Add the shares of a call to its heads; a batch folded into heads is averaged."""
+        heads = self._whole.head_count
+        named = getattr(call, "head_index", ()) or tuple(range(call.head_count))
+        where = torch.tensor(named) % heads
+        folded = self._whole.query.shape[0] > 1 and call.query.shape[0] == 1
+        pairs = call.query.shape[1] * call.key.shape[1] / self._whole.query.shape[1] ** 2
+        pairs /= self._whole.query.shape[0] if folded else 1
+        for total, share in ((self.kept, density), (self.visited, computed)):
+            total.index_add_(0, where, (share * pairs).expand(len(where)).contiguous())
+
+    def _run(
+        self, call: AttentionCall, mask: BlockMask | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.zeros_like(call.query)
+        lse = call.query.new_zeros(call.query.shape[:3], dtype=torch.float32)
+        kept = None if mask is None else mask_rows(mask, self._rows).to(out.device)
+        for item, (weight, peak) in enumerate(self.weights(call)):
+            value = call.value[item].transpose(0, 1).float()
+            if kept is None:
+                total = weight.sum(dim=-1, keepdim=True)
+                part = weight @ value / total
+            else:
+                part = masked_output(weight, kept, value)
+                total = (weight * kept).sum(dim=-1, keepdim=True)
+            out[item, self._at] = part.transpose(0, 1).to(out.dtype)
+            log = total.clamp(min=1e-38).log() + peak
+            lse[item, self._at] = log[..., 0].transpose(0, 1)
+        return out, lse
+
+    def weights(self, call: AttentionCall) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return per item [H, R, N] exp(score - row maximum) and the maxima, kept for this call."""
+        for query, key, bias, found in self._weights:
+            if query is call.query and key is call.key and bias is call.key_bias:
+                return found  # type: ignore[return-value]
+        bias = call.additive_mask()
+        made = []
+        for item in range(call.query.shape[0]):
+            line = None if bias is None else bias[min(item, len(bias) - 1)][:, None].float()
+            q = call.query[item, self._at].transpose(0, 1).float()
+            k = call.key[item].transpose(0, 1).float()
+            made.append(weights(q, k, call.softmax_scale, line))
+        if call.key is self._whole.key:  # others are made by one candidate and seen once
+            self._weights.append((call.query, call.key, call.key_bias, made))
+        return made
