@@ -25,7 +25,7 @@ from dittools.studio import html, result
 from dittools.studio.engine import MOST_WAITING, Cancelled, Engine, Job
 from dittools.studio.generation import Generation
 from dittools.studio.heatmap import difference
-from dittools.studio.memory import check_memory, estimate
+from dittools.studio.memory import check_memory, estimate, filled
 from dittools.studio.params import changed, fields_of
 from dittools.studio.reproduce import command_line, python_snippet
 from dittools.studio.runs import RunStore
@@ -135,6 +135,29 @@ def test_errors_become_one_sentence_and_the_engine_goes_on(error: Exception, say
     assert says in shot.error
     assert "\n" not in shot.error
     assert wait(engine, engine.submit("good", "toy", lambda pipe, job: None)) == "done"
+
+
+def test_a_pipeline_without_a_denoiser_fails_in_one_sentence() -> None:
+    engine = Engine("cpu", loader=lambda name, **_: Bare())
+    job = engine.submit("x", "bare", lambda pipe, job: dittools.attach(pipe, "gna"))
+    assert "neither" in list(engine.watch(job, every=SOON))[-1].error
+    assert wait(engine, engine.submit("x", "bare", lambda pipe, job: None)) == "done"
+
+
+class Bare(Toy):
+    def __init__(self) -> None:
+        self.components = {}
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
+    index = {"_class_name": ["evil", "Evil"], "transformer": ["evil", "Evil"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    engine = Engine("cpu")
+    job = engine.submit("x", str(tmp_path), lambda pipe, job: None)
+    assert wait(engine, job) == "failed"
+    assert not Path("ran").exists()
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_one_model_is_kept() -> None:
@@ -274,6 +297,27 @@ def test_the_memory_guard_names_the_largest_size_that_fits() -> None:
     assert check_memory(pipe, large, free=lambda device: 10 * room) == estimate(pipe, large)
 
 
+def test_a_size_left_open_counts_as_the_pipelines_own() -> None:
+    class Wan:
+        transformer = video_pipe().transformer
+        vae_scale_factor_temporal, vae_scale_factor_spatial = 4, 8
+
+        def __call__(self, height: int = 480, width: int = 832, num_frames: int = 81) -> None:
+            pass
+
+    class Image(Wan):
+        default_sample_size = 128
+
+        def __call__(self, height: Any = None, width: Any = None) -> None:
+            pass
+
+    found = filled(Wan(), Settings("x", frames=5))
+    assert (found.height, found.width, found.frames) == (480, 832, 5)
+    assert filled(Image(), Settings("x")).height == 1024
+    with pytest.raises(InputError, match="480 x 832 pixels, 81 frames"):
+        check_memory(Wan(), Settings("x"), free=lambda device: 2**30)
+
+
 def test_the_memory_estimate_grows_with_every_side() -> None:
     pipe = video_pipe()
     base = Settings("x", frames=17, height=256, width=256)
@@ -334,6 +378,15 @@ def test_uploads_are_small_plans_and_nothing_else(tmp_path: Path) -> None:
         read_plan([tmp_path / "deep.json"])
     path.write_text(path.read_text()[:50])
     with pytest.raises(PlanError, match=r"^mine\.json is damaged"):
+        read_plan([path])
+
+
+def test_an_uploaded_plan_reads_no_other_file(tmp_path: Path) -> None:
+    path = dittools.Plan.of(dittools.METHODS["paro"]()).save(tmp_path / "plan.json")
+    content = json.loads(path.read_text())
+    content["rules"][0]["params"]["tables"] = "/etc/passwd"
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="names a file on the server"):
         read_plan([path])
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,12 +276,16 @@ class Engine:
             self._clean()
             text = " ".join(str(error).split())[:300] or "no message"
             job.end("failed", f"{type(error).__name__}: {text} (the server's log has the details)")
+        except BaseException:  # whatever ends the thread, nobody waits for ever
+            job.end("failed", "The studio is shutting down.")
+            raise
         else:
             job.end("done")
 
     def _clean(self) -> None:
         if self._pipe is not None:
-            detach(self._pipe)
+            with suppress(DitToolsError):  # a pipeline without a denoiser: nothing is attached
+                detach(self._pipe)
         gc.collect()
 
     def _load(self, job: Job) -> Any:

@@ -23,7 +23,7 @@ from dittools.pipelines.session import (
 from dittools.plans import Plan
 from dittools.studio.engine import Cancelled, Job
 from dittools.studio.heatmap import difference
-from dittools.studio.memory import check_memory
+from dittools.studio.memory import check_memory, filled
 from dittools.studio.runs import Run, RunStore
 
 KIND = "generate"
@@ -57,7 +57,7 @@ class Generation:
     def __call__(self, pipe: Any, job: Job) -> Run:
         """Return the finished run; a stop during the floors keeps what there is."""
         plan = self.forecast(pipe, job)
-        job.expect(self._steps())
+        job.expect(self._steps(pipe))
         folder = self.store.begin()
         early: list[Comparison] = []
         try:
@@ -141,9 +141,9 @@ class Generation:
             "frames_per_second": FPS,
         }
 
-    def _steps(self) -> int:
+    def _steps(self, pipe: Any) -> int:
         """Return how many denoising steps the whole job takes."""
-        steps = self.settings.steps or 50
+        steps = filled(pipe, self.settings).steps or 50
         runs = 2 * self.request.repeats + (2 if self.floors else 0)
         return 2 * min(steps, 2) + runs * steps
 

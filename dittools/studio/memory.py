@@ -1,5 +1,6 @@
 """Whether a size fits into memory, told before anything is started."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,12 +41,13 @@ def check_memory(
 
     Args:
         pipe: a stock pipeline, loaded.
-        settings: with height and width filled in; what is None counts as the smallest.
+        settings: what to generate.
         free: bytes that are free on a device; None asks the system.
     Raises:
         InputError: it does not fit; says the largest size that does.
     """
     device = torch.device(getattr(pipe, "device", "cpu"))
+    settings = filled(pipe, settings)
     room = int((free or free_bytes)(device) * HEADROOM)
     need = estimate(pipe, settings)
     if need.bytes <= room:
@@ -58,16 +60,33 @@ def check_memory(
     )
 
 
+def filled(pipe: Any, settings: Settings) -> Settings:
+    """Return settings with the pipeline's own defaults for size and steps, where it tells them."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    found: dict[str, Any] = {}
+    names = {"frames": "num_frames", "steps": "num_inference_steps"}
+    for name in ("frames", "steps", "height", "width"):
+        default = getattr(parameters.get(names.get(name, name)), "default", None)
+        if getattr(settings, name) is None and isinstance(default, int):
+            found[name] = default
+    side = getattr(pipe, "default_sample_size", None) or _config(pipe).get("sample_size")
+    if isinstance(side, int):
+        for name in ("height", "width"):
+            if getattr(settings, name) is None:
+                found.setdefault(name, side * _in_space(pipe))
+    return replace(settings, **found)
+
+
 def estimate(pipe: Any, settings: Settings) -> Need:
-    """Return the memory of one generation, from shapes; within a factor of about two."""
-    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
-    config = getattr(denoiser, "config", {})
-    item = getattr(denoiser, "dtype", torch.float32).itemsize
+    """Return the memory of one generation, from shapes; within a factor of about two.
+
+    A size that is None counts as the smallest.
+    """
+    config = _config(pipe)
+    item = getattr(_denoiser(pipe), "dtype", torch.float32).itemsize
     frames, height, width = settings.frames or 1, settings.height or 8, settings.width or 8
     in_time = int(getattr(pipe, "vae_scale_factor_temporal", 1) or 1)
-    in_space = int(
-        getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 8)
-    )
+    in_space = _in_space(pipe)
     patch = config.get("patch_size") or 1
     sides = tuple(patch) if isinstance(patch, (tuple, list)) else (1, int(patch), int(patch))
     sides = (1,) * (3 - len(sides)) + sides
@@ -115,6 +134,21 @@ def _decoder_bytes(pipe: Any, frames: int, height: int, width: int, in_time: int
         height = min(height, int(getattr(vae, "tile_sample_min_height", height)))
         width = min(width, int(getattr(vae, "tile_sample_min_width", width)))
     return arrays + frames * height * width // patch**2 * int(outer) * item * MAPS
+
+
+def _denoiser(pipe: Any) -> Any:
+    found = getattr(pipe, "transformer", None)
+    return found if found is not None else getattr(pipe, "unet", None)
+
+
+def _config(pipe: Any) -> Any:
+    return getattr(_denoiser(pipe), "config", {})
+
+
+def _in_space(pipe: Any) -> int:
+    return int(
+        getattr(pipe, "vae_scale_factor_spatial", 0) or getattr(pipe, "vae_scale_factor", 0) or 8
+    )
 
 
 def _channels(config: Any) -> int:

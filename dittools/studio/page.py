@@ -14,7 +14,8 @@ from dittools.studio.runs import RunStore
 from dittools.studio.settings import StudioSettings
 from dittools.studio.tabs import TABS
 
-UPLOAD_LIMIT = "4mb"  # of one uploaded file: plans and prompt lists are text
+UPLOAD_LIMIT = "64mb"  # of one uploaded file; what reads it sets a lower limit
+KEPT_UPLOADS = (3600, 86400)  # seconds: looked at every hour, gone after a day
 MOST_LISTENERS = 32  # handlers that may wait for the engine at once; the engine runs one job
 
 
@@ -29,7 +30,12 @@ def build(settings: StudioSettings, engine: Engine | None = None) -> gr.Blocks:
     """
     runs = RunStore(settings.runs)
     engine = engine or Engine(settings.device, settings.dtype)
-    with gr.Blocks(title="dittools studio", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(
+        title="dittools studio",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=KEPT_UPLOADS,
+    ) as page:
         with gr.Row(elem_id="dt-head"):
             gr.HTML(_header(engine), elem_id="dt-brand")
             model = gr.Dropdown(

@@ -34,15 +34,11 @@ def read_plan(paths: Sequence[str | Path]) -> Plan:
                 f"{path.name} is too large", expected=f"at most {most} bytes", got=str(size)
             )
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            content = json.loads(plans[0].read_bytes())
-            named = content["tensors"]["file"] if "tensors" in content else ""
-        except (ValueError, KeyError, TypeError, RecursionError):
-            named = ""  # `Plan.load` says what is wrong, in its own words
+        named = _tensor_file(plans[0])
         copies = [Path(folder) / plans[0].name]
         copies[0].write_bytes(plans[0].read_bytes())
         # pages store uploads under names of their own, so the plan's word for the file counts
-        if tensors and isinstance(named, str) and Path(named).name == named and named:
+        if tensors and named and Path(named).name == named:
             (Path(folder) / named).write_bytes(tensors[0].read_bytes())
         try:
             return Plan.load(copies[0])
@@ -50,6 +46,24 @@ def read_plan(paths: Sequence[str | Path]) -> Plan:
             raise PlanError(f"{plans[0].name} is nested too deeply", expected="a plan") from error
         except PlanError as error:
             raise PlanError(str(error).replace(f"{folder}/", "")) from error
+
+
+def _tensor_file(path: Path) -> str:
+    """Return the name a plan gives its tensors, "" without; refuses plans that name other files."""
+    try:
+        content = json.loads(path.read_bytes())
+        rules, named = content.get("rules", []), content.get("tensors", {}).get("file", "")
+        texts = [value for rule in rules for key, value in rule.get("params", {}).items()
+                 if key == "tables" and isinstance(value, str) and value]  # fmt: skip
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        return ""  # `Plan.load` says what is wrong, in its own words
+    if texts:
+        raise InputError(
+            f"{path.name} names a file on the server",
+            expected="calibrated tables inside the plan",
+            got=repr(texts[0]),
+        )
+    return named if isinstance(named, str) else ""
 
 
 def describe_plan(plan: Plan) -> str:
