@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dittools.commands import bench, forecast, inspect, quality, search
+from dittools.commands import bench, calibrate, forecast, freeswim, inspect, quality, search
 from dittools.commands.terminal import (
     Json,
     console,
@@ -264,5 +264,7 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
 app.command()(quality.quality)
 app.add_typer(bench.app, name="bench")
 app.command()(search.search)
+app.command()(calibrate.calibrate)
 app.command()(forecast.forecast)
 app.command()(inspect.inspect)
+app.command()(freeswim.freeswim)

@@ -186,7 +186,7 @@ def _native_size(
 def _trained_on(pipe: Any, facts: Refining) -> tuple[int, int]:
     from dittools.pipelines.demo import DEFAULT_HEIGHT, DEFAULT_WIDTH, WEIGHTS
 
-    if getattr(pipe, "name_or_path", "") == str(WEIGHTS):
+    if str(getattr(pipe, "name_or_path", "")) == str(WEIGHTS):
         return DEFAULT_HEIGHT, DEFAULT_WIDTH
     return facts.native(pipe)
 
