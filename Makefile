@@ -6,9 +6,10 @@ PIP := $(BIN) -m pip --disable-pip-version-check
 WORKERS ?= 2
 OUT ?= out
 MINUTES ?= 600
+DENSITIES ?= 0.4 0.3 0.2 0.5
 PORT ?= 7860
 
-.PHONY: help app test-app test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles lint type fmt check bench bench-gpu bench-latency bench-check clean
+.PHONY: help app test-app test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles test-versions matrix lint type fmt check bench bench-gpu bench-latency bench-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -70,6 +71,14 @@ $(VENV)/.ray: $(VENV)/.test
 test-ray: $(VENV)/.ray  ## prompt lists on a local Ray cluster
 	@$(BIN) -m pytest -m ray
 
+test-versions: $(VENV)/.test  ## attach tests on diffusers 0.36, 0.39 and the newest, one table at the end
+	@$(BIN) bench/versions.py
+
+matrix: $(VENV)/.test  ## run every test of the compatibility matrix, slow ones too, and write it anew
+	@rm -f docs/results/compatibility.json
+	@$(BIN) -m pytest -p no:xdist -m "cell and not gpu" --matrix docs/results/compatibility.json
+	@$(BIN) bench/readme.py
+
 lint: $(VENV)/.test  ## ruff
 	@$(BIN) -m ruff check .
 	@$(BIN) -m ruff format --check .
@@ -96,8 +105,10 @@ bench-check: $(VENV)/.test  ## ratios against the committed reference
 	@$(BIN) bench/check.py
 
 scoreboard: $(VENV)/.core  ## every method on the embedded model at matched densities; MINUTES=12 bounds it
-	@$(BIN) -m dittools search --prompts bench/search_prompts.txt --target-density 0.4 --out $(OUT)/scoreboard/plan.json
-	@$(BIN) bench/scoreboard.py --plan $(OUT)/scoreboard/plan.json --minutes $(MINUTES) --out $(OUT)/scoreboard
+	@for d in $(DENSITIES); do $(BIN) -m dittools search --prompts bench/search_prompts.txt \
+		--target-density $$d --work $(OUT)/scoreboard/search --out $(OUT)/scoreboard/$$d/plan.json || exit 1; done
+	@$(BIN) bench/scoreboard.py $(foreach d,$(DENSITIES),--density $(d) --plan $(OUT)/scoreboard/$(d)/plan.json) \
+		--minutes $(MINUTES) --work $(OUT)/scoreboard --out docs
 
 demo-model: $(VENV)/.test  ## retrain the embedded model from nothing and print its score
 	@$(BIN) -m dittools.pipelines.demo.train --out $(OUT)/demo-model

@@ -256,19 +256,33 @@ def _next(tried: list[tuple[float, float, Method]], density: float) -> float:
 
 
 def method_row(
-    judge: Judge, name: str, density: float, calibration: list[Settings], warm_up: float
+    judge: Judge,
+    name: str,
+    density: float,
+    calibration: list[Settings],
+    warm_up: float,
+    label: str | None = None,
 ) -> Row | None:
     """Return the row of a method: the ladder that does best on prompts that are not on the board.
 
     None where the method has no density to set.
+
+    Args:
+        judge: generates.
+        name: of the method.
+        density: of the whole run.
+        calibration: generations that are not on the board.
+        warm_up: share of steps that stay dense.
+        label: of the one ladder to take.
     """
     best: tuple[tuple[bool, float], Row] | None = None
-    for ladder in ladders_for(name, DEMO_GRID):
+    ladders = [x for x in ladders_for(name, DEMO_GRID) if label in (None, x.label)]
+    for ladder in ladders:
         first = calibration[0] if name != "oracle" else replace(calibration[0], steps=2)
         method, found = matched(judge, ladder, density, first, warm_up)
         plan = plan_of(method, warm_up)
         apart = abs(found - density)
-        only = len(ladders_for(name, DEMO_GRID)) == 1
+        only = len(ladders) == 1
         psnr = 0.0 if only else _mean(judge, plan, calibration)
         rank = (apart <= NEAR, psnr if apart <= NEAR else -apart)
         kind = {"random": "floor", "oracle": "ceiling"}.get(name, "method")

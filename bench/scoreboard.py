@@ -6,7 +6,8 @@ Densities count the whole run. No method gets dense steps; `--warm-up` adds a se
 behind a sixth of dense steps, with what is left of the density. Generations are kept, each with the
 git revision it was measured at: a run that was stopped goes on, and methods whose code changed
 since are measured again. Written are scoreboard.md, scoreboard.png and results/scoreboard.json in
-the folder of `--out`. Times are CPU seconds of one thread.
+the folder of `--out`. Times are CPU seconds of one thread. `--merge` takes over rows of other runs,
+made elsewhere or at other revisions.
 """
 
 import argparse
@@ -51,7 +52,12 @@ def _settings(prompt: str, seed: int) -> Settings:
 
 
 def rows_of(
-    judge: Judge, density: float, methods: list[str], plans: list[Path], warm_up: bool
+    judge: Judge,
+    density: float,
+    methods: list[str],
+    plans: list[Path],
+    warm_up: bool,
+    labels: dict[str, str],
 ) -> list[Row]:
     """Return the rows of one density; those that may not be made now are left out."""
     rows = [
@@ -66,7 +72,9 @@ def rows_of(
         for warm in (0.0, WARM_UP) if warm_up and name not in ("random", "oracle") else (0.0,):
             if density - warm > 0.02:
                 try:
-                    row = method_row(judge, name, density, calibration_settings(), warm)
+                    row = method_row(
+                        judge, name, density, calibration_settings(), warm, labels.get(name)
+                    )
                 except Missing:
                     continue
                 if row is not None:
@@ -113,6 +121,28 @@ def add_gap(lines: list[dict[str, Any]]) -> None:
                 line["gap_closed"] = round(share, 3)
 
 
+def merge(content: dict[str, Any], others: list[Path]) -> None:
+    """Take over the lines of other runs' scoreboard.json where this run has none of that name."""
+    for path in others:
+        for density, lines in json.loads(path.read_text())["densities"].items():
+            mine = content["densities"].setdefault(density, [])
+            names = {line["name"] for line in mine}
+            mine += [line for line in lines if line["name"] not in names]
+    for lines in content["densities"].values():
+        for line in lines:
+            line.pop("gap_closed", None)
+        add_gap(lines)
+
+
+def variants_of(path: Path | None) -> dict[str, str]:
+    """Return the variant each method ran in another run, at the density with most prompts."""
+    if path is None:
+        return {}
+    found = json.loads(path.read_text())["densities"].values()
+    best = max(found, key=lambda lines: max(line["prompts"] for line in lines))
+    return {line["name"]: line["detail"] for line in best if line["kind"] != "searched"}
+
+
 def write(content: dict[str, Any], out: Path) -> None:
     """Write table, plot and numbers."""
     (out / "results").mkdir(parents=True, exist_ok=True)
@@ -130,8 +160,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600, help="stop after this long")
     parser.add_argument("--plan", type=Path, action="append", default=[], help="searched plan file")
     parser.add_argument("--warm-up", action="store_true", help="rows behind dense steps too")
+    parser.add_argument("--merge", type=Path, action="append", default=[], help="other runs' json")
+    parser.add_argument("--variants", type=Path, help="another run's json: try no other variants")
     parser.add_argument("--only-write", action="store_true", help="write what is measured already")
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--out", type=Path, default=Path("out/scoreboard"))
     parser.add_argument("--work", type=Path, default=Path("out/scoreboard"))
     given = parser.parse_args()
     torch.set_num_threads(1)  # CPU seconds of one thread are what is reported
@@ -149,14 +181,15 @@ def main() -> None:
     }
     for density in given.density or [0.4, 0.3, 0.2, 0.5]:
         methods = given.method or all_methods()
-        rows = rows_of(judge, density, methods, given.plan, given.warm_up)
+        labels = variants_of(given.variants)
+        rows = rows_of(judge, density, methods, given.plan, given.warm_up, labels)
         lines = measure(judge, rows, settings)
         add_gap(lines)
         if lines:
             content["densities"][f"{density:g}"] = lines
             print(page({**content, "densities": {f"{density:g}": lines}}, short=True), flush=True)
-    if given.only_write or not given.method:
-        write(content, given.out)
+    merge(content, given.merge)
+    write(content, given.out)
 
 
 if __name__ == "__main__":

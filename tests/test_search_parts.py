@@ -223,6 +223,20 @@ def test_a_layer_keeps_to_its_number_of_kernels(distinct: int) -> None:
         assert len(choice[problem.group == group].unique()) <= distinct
 
 
+def test_a_further_kernel_in_a_layer_must_pay_for_itself() -> None:
+    problem = _problem(1)
+    free = allocate(problem, 3.0)
+    counts = [len(free[problem.group == g].unique()) for g in (0, 1)]
+    assert max(counts) > 1
+    dear = replace(problem, opening=torch.full((2,), 0.5, dtype=torch.float64))
+    assert dear.total_cost(free) == pytest.approx(
+        problem.total_cost(free) + 0.5 * (sum(counts) - 2)
+    )
+    choice = allocate(dear, 3.0)
+    assert dear.total_cost(choice) <= 3.0 + 1e-9
+    assert sum(len(choice[problem.group == g].unique()) for g in (0, 1)) < sum(counts)
+
+
 def test_masks_fit_their_memory() -> None:
     problem = _problem(2)
     sizes = [0, 100, 200, 300]

@@ -1,7 +1,7 @@
 """Choosing one candidate per head and step range: least predicted error within a budget."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class Problem:
         group: int64 [I], items of one group run in one layer at one time.
         allowed: bool [I, C]; every item must keep one.
         distinct: most candidates one group may use; 0 for any number.
+        opening: [G] cost of every candidate a group uses beyond its first; None for none.
     """
 
     loss: torch.Tensor
@@ -34,10 +35,21 @@ class Problem:
     group: torch.Tensor
     allowed: torch.Tensor
     distinct: int = 0
+    opening: torch.Tensor | None = None
 
     def total_cost(self, choice: torch.Tensor) -> float:
-        """Return the cost of a choice."""
-        return float(self.cost.gather(1, choice[:, None]).sum())
+        """Return the cost of a choice, what its further candidates per group take included."""
+        cost = float(self.cost.gather(1, choice[:, None]).sum())
+        if self.opening is not None:
+            used = torch.zeros((len(self.opening), self.cost.shape[1]), dtype=torch.bool)
+            used[self.group, choice] = True
+            cost += float((self.opening * (used.sum(dim=1) - 1).clamp(min=0)).sum())
+        return cost
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether what an item may use, or pays, depends on the others of its group."""
+        return bool(self.distinct) or self.opening is not None
 
     def total_loss(self, choice: torch.Tensor) -> float:
         """Return the predicted harm of a choice."""
@@ -84,26 +96,31 @@ def _at(problem: Problem, multiplier: float) -> torch.Tensor:
     """Return the best choice at one price; infinity means cost alone, ties go to less cost."""
     if multiplier == float("inf"):
         price = problem.cost + problem.loss * 1e-12 / problem.loss.max().clamp(min=1e-300)
+        multiplier = 1.0
     else:
         price = problem.loss + multiplier * problem.cost
     price = price.masked_fill(~problem.allowed, float("inf"))
-    if not problem.distinct:
+    if not problem.is_grouped:
         return price.argmin(dim=1)
     choice = torch.empty(len(price), dtype=torch.int64)
     for group in problem.group.unique().tolist():
         members = (problem.group == group).nonzero().flatten()
-        choice[members] = _few(price[members], problem.distinct)
+        extra = 0.0 if problem.opening is None else multiplier * float(problem.opening[group])
+        choice[members] = _few(price[members], problem.distinct or len(members), extra)
     return choice
 
 
-def _few(price: torch.Tensor, distinct: int) -> torch.Tensor:
-    """Return the best choice of a group that uses at most so many candidates, found greedily."""
+def _few(price: torch.Tensor, distinct: int, opening: float = 0.0) -> torch.Tensor:
+    """Return the best choice of a group that uses at most so many candidates, found greedily.
+
+    Every candidate after the first must save more than `opening`.
+    """
     chosen: list[int] = []
     best = torch.full((len(price),), float("inf"), dtype=price.dtype)
     for _ in range(min(distinct, price.shape[1])):
         total = torch.minimum(best[:, None], price).sum(dim=0)
         pick = int(total.argmin())
-        if pick in chosen:
+        if pick in chosen or (chosen and float(best.sum() - total[pick]) <= opening):
             break
         chosen.append(pick)
         best = torch.minimum(best, price[:, pick])
@@ -117,7 +134,7 @@ def _spend_rest(problem: Problem, choice: torch.Tensor, budget: float) -> torch.
     items = torch.arange(len(choice))
     for _ in range(len(choice) * 4):
         slack = budget - problem.total_cost(choice)
-        allowed = problem.allowed & (_in_use(problem, choice) if problem.distinct else True)
+        allowed = problem.allowed & (_in_use(problem, choice) if problem.is_grouped else True)
         gain = problem.loss[items, choice][:, None] - problem.loss
         extra = problem.cost - problem.cost[items, choice][:, None]
         fits = allowed & (gain > 0) & (extra <= slack + 1e-12)
@@ -150,7 +167,7 @@ def within_memory(
     """
     allowed = problem.allowed.clone()
     while True:
-        current = Problem(problem.loss, problem.cost, problem.group, allowed, problem.distinct)
+        current = replace(problem, allowed=allowed)
         choice = allocate(current, budget)
         used = [int(c) for c in choice.unique()]
         if sum(mask_bytes[c] for c in used) <= limit:

@@ -1,7 +1,7 @@
 """From a budget to a plan: the table, the weights and the constraints behind one function."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,6 +65,15 @@ class Solver:
         choosing = self.costs.choosing(candidate.method.name)
         return share.clone().apply_(lambda x: self.costs.ratio(x, block) + choosing)
 
+    def openings(self) -> torch.Tensor | None:
+        """Return float64 [L * P]: what one more method in a layer at one time takes."""
+        if not self.costs.split_ratio:
+            return None
+        layers = self.table.shape[0]
+        steps = self.table.range_weight()
+        share = self.costs.split_ratio * steps / (steps.sum() * layers)
+        return share.repeat(layers)
+
     def solve(self, budget: float) -> Solution:
         """Return the best plan whose density (or time share) is at most the budget.
 
@@ -73,6 +82,7 @@ class Solver:
         """
         by_density = problem_of(self.table, self.weight, self.table.density, self.constraints)
         by_time = problem_of(self.table, self.weight, self.times(), self.constraints)
+        by_time = replace(by_time, opening=self.openings())
         problem = by_time if self.by_time else by_density
         if self.constraints.mask_bytes:
             sizes = [c.mask_bytes for c in self.table.candidates]
