@@ -97,8 +97,8 @@ def _candidates(edit: AtlasEdit, place: int) -> str:
     top = [chosen, *(i for i in order if i != chosen)][:SHOWN]
     rest = [i for i in order if i not in top]
     head = (
-        '<thead><tr><th scope="col">choice</th><th scope="col">candidate</th>'
-        '<th scope="col">density</th><th scope="col">error</th>'
+        '<thead><tr><th scope="col">choice</th><th scope="col">error</th>'
+        '<th scope="col">density</th><th scope="col">candidate</th>'
         '<th scope="col">per branch</th></tr></thead>'
     )
     more = ""
@@ -137,9 +137,9 @@ def _candidate(edit: AtlasEdit, place: int, number: int) -> str:
     shown = "cannot run" if error is None else f"{error:.4f}"
     kind = ' class="dt-is-chosen"' if is_chosen else ""
     return (
-        f'<tr{kind}><td>{button}</td><td title="{escape(entry["name"])}">'
-        f"{escape(readable(entry['name']))}</td><td>{entry['density']:.3f}</td>"
-        f"<td>{shown}</td><td>{branches}</td></tr>"
+        f"<tr{kind}><td>{button}</td><td>{shown}</td><td>{entry['density']:.3f}</td>"
+        f'<td title="{escape(entry["name"])}">{escape(readable(entry["name"]))}</td>'
+        f"<td>{branches}</td></tr>"
     )
 
 

@@ -84,9 +84,11 @@ def build(context: Context) -> None:
     blank = gr.HTML(html.empty(EMPTY), elem_id="atlas-empty")
     with gr.Column(visible=False) as panel:
         with gr.Row():
-            part = gr.Dropdown([], label="Steps shown", interactive=True, elem_id="atlas-range")
-            scope = gr.Radio(list(SCOPES), value=SCOPES[0], label="A choice acts on", scale=2)
-            every = gr.Checkbox(True, label="in all steps", elem_id="atlas-every")
+            with gr.Column(min_width=260):
+                part = gr.Dropdown([], label="Steps shown", interactive=True, elem_id="atlas-range")
+            with gr.Column(min_width=300, scale=2):
+                scope = gr.Radio(list(SCOPES), value=SCOPES[0], label="A choice acts on")
+                every = gr.Checkbox(True, label="in all steps", elem_id="atlas-every")
         with gr.Row(elem_classes="dt-split"):
             grid = gr.HTML(js_on_load=_CLICK_HEAD, elem_id="atlas-grid")
             head = gr.HTML(js_on_load=_CLICK_CANDIDATE, elem_id="atlas-head")

@@ -38,7 +38,9 @@ NOTE = (
 
 def build(context: Context) -> None:
     """Put the tab's components on the page."""
-    prompt = gr.Textbox(DEFAULT_PROMPT, label="Prompt", lines=1, elem_id="bench-prompt")
+    prompt = gr.Textbox(
+        DEFAULT_PROMPT, label="Prompt", lines=1, max_lines=4, elem_id="bench-prompt"
+    )
     methods = gr.CheckboxGroup(
         methods_to_measure(),
         value=["gna"],
@@ -50,16 +52,22 @@ def build(context: Context) -> None:
             False,
             label="and the plan for the next generation",
             info="the one chosen in another tab, if there is one",
+            min_width=240,
             elem_id="bench-with-plan",
         )
         floors = gr.Checkbox(
             False,
             label="and the floors",
             info="another seed, random blocks",
+            min_width=240,
             elem_id="bench-floors",
         )
-        repeats = gr.Number(3, label="Repeats", precision=0, minimum=1, elem_id="bench-repeats")
-        warm_up = gr.Number(1, label="Warm-up", precision=0, minimum=0, elem_id="bench-warm-up")
+        repeats = gr.Number(
+            3, label="Repeats", precision=0, minimum=1, min_width=110, elem_id="bench-repeats"
+        )
+        warm_up = gr.Number(
+            1, label="Warm-up", precision=0, minimum=0, min_width=110, elem_id="bench-warm-up"
+        )
     sizes = size_fields("bench")
     job = controls("Measure", "bench")
     blank = gr.HTML(html.empty(EMPTY), elem_id="bench-empty")
