@@ -1,5 +1,6 @@
 """Size, steps and seed of the jobs that search, inspect and measure, and their progress."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from dittools.errors import InputError
 from dittools.pipelines.session import Request, check_words, settings_of
 from dittools.studio.engine import Job
 
+Number = float | str | None  # of a field: pages show no empty number, so text stands for one
 MOST_PROMPTS = 64
 MOST_LETTERS = 2000  # of one prompt
 
@@ -18,22 +20,21 @@ def settings_for(
     model: str,
     prompt: str,
     *,
-    seed: float | None = None,
-    steps: float | None = None,
-    frames: float | None = None,
-    height: float | None = None,
-    width: float | None = None,
+    seed: Number = None,
+    steps: Number = None,
+    frames: Number = None,
+    height: Number = None,
+    width: Number = None,
 ) -> dict[str, Any]:
     """Return keyword settings of a generation without its prompt; what is left open is the model's.
 
     Raises:
         InputError: a number no model can take, or a prompt the demo model cannot read at all.
     """
-    given = {"seed": seed or 0, "steps": steps, "frames": frames, "height": height, "width": width}
-    whole: dict[str, Any] = {
-        name: _whole(name, value) for name, value in given.items() if value is not None
-    }
-    request = Request(model=model.strip(), prompt=prompt, **whole)
+    given = {"seed": seed, "steps": steps, "frames": frames, "height": height, "width": width}
+    read: dict[str, Any] = {name: whole(name, value) for name, value in given.items()}
+    read["seed"] = read["seed"] or 0
+    request = Request(model=model.strip(), prompt=prompt, **read)
     settings = settings_of(request).to_dict()
     if request.model == "demo":
         check_words(prompt, lambda _: None)
@@ -41,10 +42,37 @@ def settings_for(
     return settings
 
 
-def _whole(name: str, value: float) -> int:
-    if value != int(value):
-        raise InputError(f"{name} is not usable", expected="a whole number", got=f"{value:g}")
-    return int(value)
+def number(name: str, value: Number) -> float | None:
+    """Return what a field holds; None when it is empty.
+
+    Raises:
+        InputError: it is no finite number.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        found = float(value)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise InputError(f"{name} is not usable", expected="a number", got=str(value))
+    return found
+
+
+def whole(name: str, value: Number) -> int | None:
+    """Return what a field holds as a whole number; None when it is empty.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    found = number(name, value)
+    if found is None:
+        return None
+    if found != int(found):
+        raise InputError(f"{name} is not usable", expected="a whole number", got=f"{found:g}")
+    # not by way of a float, which holds 53 bits of a 64-bit seed
+    text = str(value).strip()
+    return int(text) if text.lstrip("+-").isdigit() else int(found)
 
 
 def prompts_of(text: str) -> list[str]:

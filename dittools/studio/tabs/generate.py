@@ -18,7 +18,8 @@ from dittools.studio.context import Context
 from dittools.studio.engine import Job, Snapshot
 from dittools.studio.generation import Generation
 from dittools.studio.runs import Run
-from dittools.studio.tabs.jobs import controls, follow, sentence
+from dittools.studio.sizes import number, whole
+from dittools.studio.tabs.jobs import controls, follow, optional_number, sentence
 from dittools.studio.tabs.method_fields import MethodFields
 from dittools.studio.uploads import describe_plan, read_plan
 
@@ -82,16 +83,12 @@ class _Form:
         """Put all other fields on the page."""
         with gr.Row(elem_classes="dt-sizes"):
             self.sizes = {
-                key: gr.Number(
-                    DEMO_DEFAULTS[key],
-                    label=label,
-                    placeholder="model's own",
-                    min_width=90,
-                    elem_id=f"gen-{key}",
-                )
+                key: optional_number(label, DEMO_DEFAULTS[key], min_width=90, elem_id=f"gen-{key}")
                 for key, label in SIZES.items()
             }
-            self.seed = gr.Number(0, label="Seed", min_width=90, elem_id="gen-seed")
+            self.seed = optional_number(
+                "Seed", 0, placeholder="0", min_width=90, elem_id="gen-seed"
+            )
         self.source = gr.Radio(
             [RECOMMENDED, METHOD, PLAN], value=RECOMMENDED, label="Accelerate with"
         )
@@ -130,21 +127,13 @@ class _Form:
     def _more(self) -> None:
         with gr.Accordion("Schedule, repeats and floors", open=False):
             with gr.Row(elem_classes="dt-sizes"):
-                self.dense_steps = gr.Number(
-                    label="First steps dense",
-                    info="A count, or a share below 1.",
-                    placeholder="the plan's own",
-                    min_width=130,
+                own: dict[str, Any] = {"placeholder": "the plan's own", "min_width": 130}
+                self.dense_steps = optional_number(
+                    "First steps dense", info="A count, or a share below 1.", **own
                 )
-                self.dense_layers = gr.Number(
-                    label="First layers dense",
-                    info="A count.",
-                    placeholder="the plan's own",
-                    precision=0,
-                    min_width=130,
-                )
-                self.repeats = gr.Number(
-                    1, label="Timed repeats", info="Medians count.", precision=0, min_width=130
+                self.dense_layers = optional_number("First layers dense", info="A count.", **own)
+                self.repeats = optional_number(
+                    "Timed repeats", 1, placeholder="1", info="Medians count.", min_width=130
                 )
             self.negative = gr.Textbox(label="Negative prompt", elem_id="gen-negative")
         self.floors = gr.Checkbox(
@@ -184,14 +173,14 @@ class _Form:
             negative_prompt=(negative or "").strip() or None,
             method=method,
             params=params,
-            dense_steps=count_or_share(first),
-            dense_layers=_whole("first layers dense", layers),
-            seed=_whole("seed", seed) or 0,
-            steps=_whole("steps", sizes["steps"]),
-            frames=_whole("frames", sizes["frames"]),
-            height=_whole("height", sizes["height"]),
-            width=_whole("width", sizes["width"]),
-            guidance=sizes["guidance"],
+            dense_steps=count_or_share(number("first steps dense", first)),
+            dense_layers=whole("first layers dense", layers),
+            seed=whole("seed", seed) or 0,
+            steps=whole("steps", sizes["steps"]),
+            frames=whole("frames", sizes["frames"]),
+            height=whole("height", sizes["height"]),
+            width=whole("width", sizes["width"]),
+            guidance=number("guidance", sizes["guidance"]),
             compare=True,
             repeats=_between("timed repeats", repeats, 1, MOST_REPEATS),
             dtype=self.context.engine.dtype,
@@ -282,7 +271,7 @@ def _defaults(model: str) -> list[Any]:
     known: dict[str, Any] = {}
     if model == "demo":
         known = DEMO_DEFAULTS
-    return [gr.update(value=known.get(name)) for name in SIZES]
+    return [gr.update(value=f"{known[name]:g}" if name in known else "") for name in SIZES]
 
 
 def _words() -> str:
@@ -301,16 +290,8 @@ def _words() -> str:
     return f'<dl class="dt-facts">{rows}<dt>Form</dt><dd>{escape(form)}</dd></dl>'
 
 
-def _whole(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if float(value) != int(value):
-        raise InputError(f"{name} is not usable", expected="a whole number", got=f"{value:g}")
-    return int(value)
-
-
 def _between(name: str, value: Any, least: int, most: int) -> int:
-    number = _whole(name, value)
-    if number is None or not least <= number <= most:
-        raise InputError(f"{name} is not usable", expected=f"{least} to {most}", got=str(number))
-    return number
+    count = whole(name, value)
+    if count is None or not least <= count <= most:
+        raise InputError(f"{name} is not usable", expected=f"{least} to {most}", got=str(count))
+    return count

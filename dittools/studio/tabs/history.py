@@ -13,7 +13,10 @@ from dittools.studio.runs import Run
 from dittools.studio.tabs.jobs import on_tab_select, run_choices, sentence
 
 KINDS = ("generate", "search", "atlas", "vote", "bench")
-NOTHING = "No run is kept yet. Whatever is generated, searched or measured will be listed here."
+START = html.empty(
+    "Choose a run above. Whatever is generated, searched or measured is listed there, also after "
+    "a restart."
+)
 
 
 def build(context: Context) -> None:
@@ -23,35 +26,26 @@ def build(context: Context) -> None:
             run_choices(context, *KINDS), value=None, label="Run", elem_id="history-run", scale=5
         )
         again = gr.Button("Refresh", scale=1, min_width=110, elem_id="history-refresh")
-    heading = gr.HTML(_start(context), elem_id="history-heading")
+    heading = gr.HTML(START, elem_id="history-heading")
     player = gr.HTML(elem_id="history-player")
     details = gr.HTML(elem_id="history-details")
 
-    def refresh(current: str | None) -> tuple[Any, Any]:
-        choices = run_choices(context, *KINDS)
-        known = current if current in [run_id for _, run_id in choices] else None
-        heading = gr.skip() if known else _start(context)
-        return gr.update(choices=choices, value=known), heading
+    def refresh() -> Any:
+        # never the value: this may arrive after the next choice was made
+        return gr.update(choices=run_choices(context, *KINDS))
 
     def show(run_id: str | None) -> tuple[str, str, str]:
         if not run_id:
-            return _start(context), "", ""
+            return START, "", ""
         try:
             run = context.runs.open(run_id)
             return _heading(context, run), *_view(run)
         except DitToolsError as error:
             return html.alert(sentence(error)), "", ""
 
-    again.click(refresh, picked, [picked, heading], show_progress="hidden")
-    on_tab_select(refresh, picked, [picked, heading])
+    again.click(refresh, None, picked, show_progress="hidden")
+    on_tab_select(refresh, None, picked)
     picked.change(show, picked, [heading, player, details], show_progress="hidden")
-
-
-def _start(context: Context) -> str:
-    count = len(context.runs.entries())
-    if not count:
-        return html.empty(NOTHING)
-    return html.empty(f"{count} {'run is' if count == 1 else 'runs are'} kept. Choose one above.")
 
 
 def _heading(context: Context, run: Run) -> str:

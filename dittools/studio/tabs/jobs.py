@@ -101,18 +101,22 @@ class SizeFields:
         return dict(zip(self.fields, values, strict=True))
 
 
+def optional_number(label: str, value: float | None = None, **options: Any) -> Any:
+    """Put a field on the page that holds a number or nothing; `sizes.number` reads it.
+
+    It is a text field because gr.Number turns an empty value into 0 when it appears.
+    """
+    text = "" if value is None else f"{value:g}"
+    known = {"placeholder": "model's own", "max_lines": 1, **options}
+    return gr.Textbox(text, label=label, elem_classes="dt-number", **known)
+
+
 def size_fields(name: str) -> SizeFields:
     """Put the fields for size, steps and seed on the page, folded away."""
     with gr.Accordion("Size, steps and seed", open=False, elem_id=f"{name}-size"), gr.Row():
         fields = {
-            key: gr.Number(
-                label=label,
-                value=0 if key == "seed" else None,
-                placeholder="model's own",
-                precision=0,
-                minimum=0 if key == "seed" else 1,
-                min_width=110,
-                elem_id=f"{name}-{key}",
+            key: optional_number(
+                label, 0 if key == "seed" else None, min_width=110, elem_id=f"{name}-{key}"
             )
             for key, label in (
                 ("seed", "Seed"),
