@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dittools.plans import Plan as Plan
     from dittools.searching.api import SearchResult as SearchResult
     from dittools.searching.api import search as search
+    from dittools.searching.calibrate_paro import calibrate as calibrate
     from dittools.searching.forecast import Forecast as Forecast
     from dittools.searching.forecast import forecast as forecast
 
@@ -57,6 +58,7 @@ _HOMES = {
     "attach": "dittools.patches",
     "attention": "dittools.functional",
     "block_sparse_attention": "dittools.functional",
+    "calibrate": "dittools.searching.calibrate_paro",
     "detach": "dittools.patches",
     "forecast": "dittools.searching.forecast",
     "pipelines": "",

@@ -9,6 +9,15 @@ import torch
 from dittools.errors import UnsupportedCall
 from dittools.grid import TokenGrid
 
+# products in few bits: query with key, then weights with values
+QUANTIZE = {
+    "none": "exact",
+    "int8": "INT8 and INT8",
+    "int8_fp8": "INT8 and FP8",
+    "int8_half": "INT8 and exact",
+    "int4": "INT4 and INT4",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -27,7 +36,13 @@ class AttentionCall:
         scale: factor on the scores; None means D ** -0.5.
         key_mask: bool [B, S_k], False drops a key (padded prompt tokens); None keeps all.
         key_bias: float [B or 1, H or 1, S_k] added to the scaled scores, in natural-log units.
-        memory: state that lives across steps for this (site, branch, call ordinal).
+        memory: state that lives across steps for this (site, branch, call ordinal) and its heads.
+        head_index: which heads of the site these are; empty for all of them, in order.
+        quantize: one of QUANTIZE; "none" multiplies in the tensors' own precision.
+        features: [B, grid.tokens, C], the input of the attention module for the grid's tokens;
+            None where nobody asked for it or it is not known.
+        unrotated: [B, grid.tokens, H, D], the query of the grid's tokens before RoPE; likewise.
+        full: geometry of the finest level of the model, where levels differ (UNets); else None.
     """
 
     query: torch.Tensor
@@ -42,6 +57,11 @@ class AttentionCall:
     key_mask: torch.Tensor | None = None
     key_bias: torch.Tensor | None = None
     memory: MutableMapping[str, Any] = field(default_factory=dict)
+    head_index: tuple[int, ...] = ()
+    quantize: str = "none"
+    features: torch.Tensor | None = None
+    unrotated: torch.Tensor | None = None
+    full: TokenGrid | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and devices once, where the call is made."""
@@ -83,9 +103,15 @@ class AttentionCall:
         return float(self.query.shape[-1]) ** -0.5 if self.scale is None else self.scale
 
     def heads(self, index: Sequence[int]) -> "AttentionCall":
-        """Return the sub-call of some heads, in the given order; the memory is shared."""
+        """Return the sub-call of some heads, in the given order, with a memory of their own.
+
+        What a method remembers of some heads says nothing about others, even if the same method
+        runs both, at another step say.
+        """
         if list(index) == list(range(self.head_count)):
             return self
+        named = self.head_index or tuple(range(self.head_count))
+        chosen = tuple(named[i] for i in index)
         where = torch.as_tensor(list(index), device=self.query.device)
         bias = self.key_bias
         if bias is not None and bias.shape[1] > 1:
@@ -95,7 +121,10 @@ class AttentionCall:
             query=self.query.index_select(2, where),
             key=self.key.index_select(2, where),
             value=self.value.index_select(2, where),
+            unrotated=None if self.unrotated is None else self.unrotated.index_select(2, where),
             key_bias=bias,
+            memory=self.memory.setdefault(f"heads {chosen}", {}),
+            head_index=chosen,
         )
 
     def additive_mask(self) -> torch.Tensor | None:

@@ -28,6 +28,12 @@ _AUTO: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "flex", "reference"),
 }
+_QUANTISED: dict[str, tuple[str, ...]] = {  # on CUDA, by what a call asks for
+    "int8": ("triton_int8_int8", "reference"),
+    "int8_fp8": ("triton_int8_fp8", "reference"),
+    "int8_half": ("triton_int8", "reference"),
+    "int4": ("reference",),
+}
 _LOADED: dict[str, "Backend"] = {}
 
 
@@ -90,7 +96,9 @@ def choose(name: str, call: AttentionCall, mask: BlockMask | None = None) -> Bac
     Raises:
         UnsupportedCall: nothing fits, with each reason.
     """
-    names = _AUTO.get(call.query.device.type, ("reference",)) if name == "auto" else (name,)
+    names = (name,) if name != "auto" else _AUTO.get(call.query.device.type, ("reference",))
+    if name == "auto" and call.quantize != "none" and call.query.device.type == "cuda":
+        names = _QUANTISED[call.quantize]
     refusals = []
     for candidate in names:
         try:

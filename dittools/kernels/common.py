@@ -78,6 +78,13 @@ def misfit(call: AttentionCall, mask: BlockMask) -> list[str]:
     return reasons
 
 
+def exact_only(name: str, call: AttentionCall) -> list[str]:
+    """Refuse calls that ask for few-bit products, for backends that have none."""
+    if call.quantize == "none":
+        return []
+    return [f"{name} has no products in few bits, the call asks for {call.quantize}"]
+
+
 def dense_attention(call: AttentionCall) -> torch.Tensor:
     """Return [B, S, H, D]: SDPA over all keys, honouring key_mask and key_bias."""
     q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))

@@ -7,7 +7,13 @@ import torch
 from dittools.call import AttentionCall
 from dittools.errors import UnsupportedCall
 from dittools.kernels import native
-from dittools.kernels.common import dense_attention, from_slots, misfit, to_slots
+from dittools.kernels.common import (
+    dense_attention,
+    exact_only,
+    from_slots,
+    misfit,
+    to_slots,
+)
 from dittools.kernels.cpu_grouped import grouped_attention
 from dittools.mask import BlockMask
 
@@ -39,7 +45,7 @@ class CpuBackend:
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """Refuse tensors elsewhere, dtypes that are not floating-point, masks of another size."""
-        reasons = []
+        reasons = exact_only(self.name, call)
         if call.query.device.type != "cpu":
             reasons.append(f"tensors are on {call.query.device}, not on the CPU")
         if not call.query.is_floating_point():

@@ -14,7 +14,13 @@ from torch.nn.attention.flex_attention import BlockMask as FlexMask
 from dittools.call import AttentionCall
 from dittools.errors import UnsupportedCall
 from dittools.flex_mask import flex_block_mask
-from dittools.kernels.common import dense_attention, from_slots, misfit, to_slots
+from dittools.kernels.common import (
+    dense_attention,
+    exact_only,
+    from_slots,
+    misfit,
+    to_slots,
+)
 from dittools.mask import DENSE_LIMIT, BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,7 +50,7 @@ class FlexBackend:
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """Device, dtype, head size; then whether the mask fits and its blocks suit the kernel."""
-        query, reasons = call.query, []
+        query, reasons = call.query, exact_only(self.name, call)
         device, head_dim = query.device.type, query.shape[-1]
         if device not in ("cpu", "cuda"):
             reasons.append(f"flex runs on cpu and cuda here, got {device}")

@@ -14,7 +14,7 @@ import torch
 
 from dittools.call import AttentionCall
 from dittools.errors import UnsupportedCall
-from dittools.kernels.common import from_slots, misfit, to_slots
+from dittools.kernels.common import exact_only, from_slots, misfit, to_slots
 from dittools.kernels.windows import Windows, windows_of
 from dittools.mask import BlockMask
 
@@ -24,7 +24,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 def _common(call: AttentionCall, package: str, dtypes: tuple[torch.dtype, ...]) -> list[str]:
     """Refusals every adapter shares: package, device, dtype, bias, gradients."""
-    reasons = []
+    reasons = exact_only(package, call)
     if importlib.util.find_spec(package) is None:
         reasons.append(f"{package} is not installed")
     if call.query.device.type not in DEVICES:

@@ -4,7 +4,8 @@ import torch
 
 from dittools.call import AttentionCall
 from dittools.kernels.common import dense_attention, from_slots, misfit, to_slots
-from dittools.mask import BlockMask, unpack_bits
+from dittools.kernels.quantised import kept_columns, quantised_attention
+from dittools.mask import BlockMask
 
 
 class ReferenceBackend:
@@ -33,12 +34,15 @@ class ReferenceBackend:
         nothing gets 0 and a log-sum-exp of -inf.
 
         Args:
-            call: query, key, value are [B, S, H, D].
+            call: query, key, value are [B, S, H, D]; its `quantize` is followed.
             mask: must cover the call's slots.
             return_lse: also return the log-sum-exp, float [B, S, H].
         Raises:
             UnsupportedCall: the mask was made for another size.
         """
+        if call.quantize != "none":
+            rounded, sums = quantised_attention(call, mask)
+            return (rounded, sums) if return_lse else rounded
         mask = mask.to(call.query.device)
         slots = to_slots(call, mask)
         wide = torch.promote_types(call.query.dtype, torch.float32)
@@ -47,7 +51,7 @@ class ReferenceBackend:
         for head in range(slots.query.shape[1]):
             for q_block in range(mask.keep.shape[1]):
                 rows = slice(q_block * mask.q_block, (q_block + 1) * mask.q_block)
-                columns, kept = _kept_columns(mask, head, q_block, slots.key.shape[2])
+                columns, kept = kept_columns(mask, head, q_block, slots.key.shape[2])
                 q = slots.query[:, head, rows].to(wide) * call.softmax_scale
                 scores = q @ slots.key[:, head, columns].to(wide).transpose(1, 2)
                 if slots.bias is not None:
@@ -60,22 +64,3 @@ class ReferenceBackend:
                 out[:, head, rows] = weights @ slots.value[:, head, columns].to(wide)
         result = from_slots(out.to(call.query.dtype), mask)
         return (result, from_slots(lse[..., None], mask)[..., 0]) if return_lse else result
-
-
-def _kept_columns(
-    mask: BlockMask, head: int, q_block: int, key_slots: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the key slots of the row's kept blocks, int64 [n], and bool [q_block, n]."""
-    head = min(head, mask.keep.shape[0] - 1)
-    blocks = mask.keep[head, q_block].nonzero().flatten()
-    inside = torch.arange(mask.kv_block, device=blocks.device)
-    columns = (blocks[:, None] * mask.kv_block + inside).flatten()
-    kept = torch.ones(
-        (mask.q_block, len(blocks), mask.kv_block), dtype=torch.bool, device=blocks.device
-    )
-    if mask.tiles is not None and mask.tile_index is not None:
-        tile = mask.tile_index[head, q_block, blocks].long()
-        bits = unpack_bits(mask.tiles[tile.clamp(min=0)], mask.kv_block)
-        kept &= bits.transpose(0, 1) | (tile < 0)[:, None]
-    real = columns < key_slots
-    return columns[real], kept.flatten(1)[:, real]

@@ -5,7 +5,7 @@ import math
 import torch
 
 from dittools.call import AttentionCall
-from dittools.kernels.common import check_fit, dense_attention, misfit
+from dittools.kernels.common import check_fit, dense_attention, exact_only, misfit
 from dittools.kernels.program import program
 from dittools.kernels.triton_block_sparse import INTERPRETED, launch
 from dittools.mask import BlockMask
@@ -24,7 +24,7 @@ class TritonBackend:
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """Device, dtype, head size, scale, gradients; then whether the mask fits."""
-        query, reasons = call.query, []
+        query, reasons = call.query, exact_only(self.name, call)
         if query.device.type != "cuda" and not INTERPRETED:
             reasons.append(f"the triton kernel needs CUDA tensors, got {query.device.type}")
         elif query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (

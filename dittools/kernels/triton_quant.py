@@ -1,12 +1,17 @@
 """The Triton kernel on 8-bit operands: INT8 scores, and INT8 or FP8 values where asked for.
 
-The mean key is taken out first, which changes no softmax weight and leaves less to round. Queries
-and keys have one scale per block, values one per channel. The tensors are written anew anyway, so
-the token order is applied there, and the kernel only scatters the output.
+Chosen by name for calls that ask for nothing, the mean key is taken out first, which changes no
+softmax weight and leaves less to round. For calls that ask for few-bit products themselves (see
+`AttentionCall.quantize`) it is not: the plain-torch specification is in `quantised.py`, and weights
+differ from it in their scale, a constant against the running row maximum. Queries and keys have one
+scale per block, values one per channel. The tensors are written anew anyway, so the token order is
+applied there, and the kernel only scatters the output.
 
-Source: arXiv:2410.02367 (smoothed keys, INT8 scores), arXiv:2411.10958 (FP8 values).
+Source: arXiv:2410.02367 (smoothed keys, INT8 scores), arXiv:2411.10958 (FP8 values),
+arXiv:2506.16054 (groups of blocks after reordering).
 """
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +27,7 @@ from dittools.kernels.triton_config import capability_of, default_config
 from dittools.mask import BlockMask
 
 Values = Literal["half", "int8", "fp8"]
+WANTED = {"half": "int8_half", "int8": "int8", "fp8": "int8_fp8"}  # what a call may ask of it
 P_RANGE = {"half": 0, "int8": 127, "fp8": 448}  # what a weight of 1 becomes; 0 leaves values alone
 FP8_MAX = 448.0
 
@@ -43,6 +49,8 @@ def quantise(call: AttentionCall, mask: BlockMask, values: Values = "half") -> Q
     """Return the 8-bit form of a call in the slots of a mask."""
     slots = to_slots(call, mask)
     mean = call.key.float().mean(dim=1)  # [B, H, D]; any vector would do, the mean leaves least
+    if call.quantize != "none":
+        mean = torch.zeros_like(mean)  # the specification rounds keys as they are
     query, q_scale = _per_block(slots.query.float(), mask.q_block)
     key, k_scale = _per_block(slots.key.float() - mean[:, :, None], mask.kv_block)
     value, v_scale = slots.value, None
@@ -101,7 +109,9 @@ class QuantisedBackend:
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """What the exact kernel refuses, and head and block sizes 8-bit products cannot have."""
-        reasons = self._exact.not_supported(call, mask)
+        reasons = self._exact.not_supported(replace(call, quantize="none"), mask)
+        if call.quantize not in ("none", WANTED[self.values]):
+            reasons.append(f"{self.name} runs {WANTED[self.values]}, the call asks {call.quantize}")
         if call.query.shape[-1] <= 16:
             reasons.append(f"8-bit products need head_dim above 16, got {call.query.shape[-1]}")
         if call.query.dtype == torch.float32:
@@ -113,8 +123,8 @@ class QuantisedBackend:
         return reasons
 
     def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
-        """As the exact kernel."""
-        return self._exact.prefers_dense(call, mask)
+        """As the exact kernel; never for calls that ask for few-bit products."""
+        return call.quantize == "none" and self._exact.prefers_dense(call, mask)
 
     def dense(self, call: AttentionCall) -> torch.Tensor:
         """Return [B, S, H, D]: attention over all keys, not quantised."""

@@ -71,6 +71,8 @@ def to_params(method: Method) -> dict[str, Any]:
     """Return every parameter of a method as JSON values, `build` takes them back."""
 
     def plain(value: Any) -> Any:
+        if hasattr(value, "to_param"):  # an object of JSON values and tensors
+            return value.to_param()
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
     return {f.name: plain(getattr(method, f.name)) for f in fields(_kind(method.name))}

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dittools.methods.block_sampling import sampled_slots
+
 _CHUNK = 2**24  # attention weights held at a time
 
 
@@ -60,7 +62,7 @@ def statistics(
     heads, blocks = query.shape[1], -(-tokens // block_size)
     sizes = torch.full((blocks,), block_size, device=query.device)
     sizes[-1] = tokens - (blocks - 1) * block_size
-    picked = _sample(tokens, block_size, rows).to(query.device)
+    picked = sampled_slots(tokens, block_size, rows or block_size).to(query.device)
     owner = picked // block_size
     k = key.transpose(0, 1).float()
     out = [torch.zeros((heads, blocks, blocks), device=query.device) for _ in range(3)]
@@ -81,32 +83,6 @@ def statistics(
     return Statistics(out[0], out[1], out[2] / area, area)
 
 
-def sampled_mass(
-    query: torch.Tensor, key: torch.Tensor, tokens: int, block_size: int, scale: float, rows: int
-) -> torch.Tensor:
-    """Return float32 [H, blocks, blocks]: `statistics(...).mass` alone, which is all a mask needs.
-
-    Takes the same arguments; a few passes over the sampled scores, in place.
-    """
-    heads, blocks = query.shape[1], -(-tokens // block_size)
-    picked = _sample(tokens, block_size, rows).to(query.device)
-    keys = key.permute(1, 2, 0).float()
-    mass = torch.zeros((heads, blocks, blocks), device=query.device)
-    whole = tokens // block_size * block_size
-    step = max(1, _CHUNK // (heads * key.shape[0]))
-    for first in range(0, len(picked), step):
-        part = picked[first : first + step]
-        scores = (query[part].transpose(0, 1).float() * scale) @ keys
-        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        sums = weights[..., :whole].unflatten(2, (-1, block_size)).sum(-1) if whole else None
-        parts = [] if sums is None else [sums]
-        if whole < tokens:
-            parts.append(weights[..., whole:tokens].sum(-1, keepdim=True))
-        share = torch.cat(parts, dim=2) / weights.sum(-1, keepdim=True)
-        mass.index_add_(1, part // block_size, share)
-    return mass
-
-
 def mass_recall(mass: torch.Tensor, density: float) -> torch.Tensor:
     """Return [H]: the share of the mass in the heaviest blocks at a density."""
     flat = mass.flatten(1)
@@ -116,14 +92,3 @@ def mass_recall(mass: torch.Tensor, density: float) -> torch.Tensor:
 
 def _pads(sizes: torch.Tensor, block_size: int) -> torch.Tensor:
     return (block_size - sizes).float()
-
-
-def _sample(tokens: int, block_size: int, rows: int | None) -> torch.Tensor:
-    """Return the tokens that stand for their blocks: `rows` of each, amid equal parts."""
-    if rows is None or rows >= block_size:
-        return torch.arange(tokens)
-    starts = torch.arange(0, tokens, block_size)
-    sizes = (tokens - starts).clamp(max=block_size)
-    part = (2 * torch.arange(rows) + 1) * sizes[:, None] // (2 * rows)
-    picked: torch.Tensor = (starts[:, None] + part).flatten()
-    return picked[torch.cat((picked.new_ones(1), picked.diff())) > 0]  # short blocks repeat some

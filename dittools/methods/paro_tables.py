@@ -1,15 +1,17 @@
 """Calibrated orders and masks of PAROAttention, one bit per block, as a safetensors file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dittools.call import AttentionCall
 from dittools.errors import PlanError
 from dittools.grid import TokenGrid
-from dittools.mask import pack_bits, unpack_bits
+from dittools.mask import BlockMask, pack_bits, unpack_bits
 
 _FORMAT = "dittools-paro"
 
@@ -29,8 +31,9 @@ class ParoTables:
     grid: TokenGrid
     block_size: int
     orders: torch.Tensor
-    packed: torch.Tensor
+    packed: torch.Tensor = field(repr=False)
     bin_of_step: tuple[int, ...]
+    cache: dict[Any, tuple[int, BlockMask]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def pack(
@@ -56,15 +59,18 @@ class ParoTables:
         """Blocks of the grid's tokens."""
         return -(-self.grid.tokens // self.block_size)
 
-    def misfit(self, grid: TokenGrid, layer: int, heads: int) -> list[str]:
+    def misfit(self, call: AttentionCall) -> list[str]:
         """Say why the tables do not fit a call; empty when they do."""
-        reasons = []
+        grid, layer, heads, reasons = call.grid, call.layer, call.head_count, []
+        known = self.orders.shape[1]
         if grid != self.grid:
             reasons.append(f"paro tables are for {self.grid}, the call has {grid}")
         if layer >= len(self.orders):
             reasons.append(f"paro tables have {len(self.orders)} layers, the call is layer {layer}")
-        if heads != self.orders.shape[1]:
-            reasons.append(f"paro tables have {self.orders.shape[1]} heads, the call has {heads}")
+        if not call.head_index and heads != known:
+            reasons.append(f"paro tables have {known} heads, the call has {heads}")
+        if call.head_index and max(call.head_index) >= known:
+            reasons.append(f"paro tables have {known} heads, not one {max(call.head_index)}")
         return reasons
 
     def index(self, step: int, steps: int) -> int:
@@ -80,6 +86,45 @@ class ParoTables:
         out = torch.zeros((len(video), total, total), dtype=torch.bool)
         out[:, : self.blocks, : self.blocks] = video.view(-1, self.blocks, self.blocks)
         return out
+
+    def to_param(self) -> dict[str, Any]:
+        """Return JSON values and tensors, `of_param` takes them back."""
+        return {
+            "grid": [*self.grid.shape, self.grid.text_before, self.grid.text_after],
+            "block_size": self.block_size,
+            "bin_of_step": list(self.bin_of_step),
+            "orders": self.orders.to(torch.uint8),
+            "masks": self.packed,
+        }
+
+    @staticmethod
+    def of_param(param: dict[str, Any]) -> "ParoTables":
+        """Return the tables of what `to_param` gave.
+
+        Raises:
+            PlanError: a part is missing or does not fit the others.
+        """
+        try:
+            made = ParoTables(
+                TokenGrid(*param["grid"]),
+                int(param["block_size"]),
+                param["orders"].long(),
+                param["masks"],
+                tuple(int(b) for b in param["bin_of_step"]),
+            )
+            layers, heads = made.orders.shape
+            bins, steps = max(made.bin_of_step) + 1, min(made.bin_of_step)
+            want = (bins, layers, heads, -(-(made.blocks**2) // 8))
+            good = tuple(made.packed.shape) == want and steps >= 0 and int(made.orders.max()) < 6
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"paro tables are malformed: {error!r}") from error
+        if not good:
+            raise PlanError(
+                "paro tables do not fit their grid",
+                expected=f"masks {want}",
+                got=str(tuple(made.packed.shape)),
+            )
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write the tables as safetensors, with the grid in its header."""

@@ -93,7 +93,13 @@ def keep_share(mass: torch.Tensor, density: float, per_head: bool = False) -> to
             concentrated ones keep fewer.
     """
     flat = mass.flatten(1) if per_head else mass.reshape(1, -1)
-    kept = keep_top(flat, max(1, round(density * flat.shape[1])))
+    count = max(1, round(density * flat.shape[1]))
+    if count >= flat.shape[1]:
+        return torch.ones_like(mass, dtype=torch.bool)
+    least = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
+    kept, ties = flat > least, flat == least
+    short = count - kept.sum(1, keepdim=True)
+    kept |= ties & (ties.cumsum(1) <= short)  # the leftmost of equal blocks
     return kept.view_as(mass)
 
 

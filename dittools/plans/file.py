@@ -174,17 +174,34 @@ def _rule_out(number: int, rule: Rule, tensors: dict[str, torch.Tensor]) -> dict
         )
     params = {}
     for name, value in to_params(rule.method).items():
-        if isinstance(value, torch.Tensor):
-            key = f"rules.{number}.{name}"
-            tensors[key] = value
-            params[name] = {"tensor": key}
-        else:
-            params[name] = value
+        params[name] = _value_out(value, f"rules.{number}.{name}", tensors)
     choice = {name: getattr(rule, name) for name in ("layers", "heads", "steps")}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in choice.items()}
     if rule.branch != "all":  # left out otherwise: older plans and most new ones have none
         plain["branch"] = rule.branch
     return {**plain, "method": rule.method.name, "params": params}
+
+
+def _value_out(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return a parameter as JSON values; tensors, in objects too, go to the side file."""
+    if isinstance(value, torch.Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {name: _value_out(part, f"{key}.{name}", tensors) for name, part in value.items()}
+    return value
+
+
+def _value_in(value: Any, tensors: dict[str, torch.Tensor], used: set[str], where: str) -> Any:
+    """Undo `_value_out`."""
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"tensor"}:
+        if value["tensor"] not in tensors:
+            raise PlanError(f"{where} lacks tensor {value['tensor']!r}", remedy=_REBUILD)
+        used.add(value["tensor"])
+        return tensors[value["tensor"]]
+    return {name: _value_in(part, tensors, used, where) for name, part in value.items()}
 
 
 def _rule_in(
@@ -199,12 +216,7 @@ def _rule_in(
         raise PlanError(f"params of {where} are malformed", expected="an object", got=repr(params))
     filled = {}
     for name, value in params.items():
-        if isinstance(value, dict) and set(value) == {"tensor"}:
-            if value["tensor"] not in tensors:
-                raise PlanError(f"{where} lacks tensor {value['tensor']!r}", remedy=_REBUILD)
-            used.add(value["tensor"])
-            value = tensors[value["tensor"]]
-        filled[name] = value
+        filled[name] = _value_in(value, tensors, used, where)
     choice = {name: content.get(name, "all") for name in ("layers", "heads", "steps", "branch")}
     try:
         return Rule(

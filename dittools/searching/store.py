@@ -74,6 +74,11 @@ class Store:
         if self.folder is not None:
             self._known.pop(key, None)
 
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Report work that is not run as units."""
+        if self._report is not None and self.rank == 0:
+            self._report(what, done, total)
+
     def _path(self, key: str) -> Path | None:
         if self.folder is None:
             return None
