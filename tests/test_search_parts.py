@@ -99,6 +99,18 @@ def test_sampled_rows_are_those_of_the_whole_call(method: object, batch: int) ->
     assert float(sampled.kept.mean()) == pytest.approx(float(whole.density(call)), abs=1e-6)
 
 
+def test_a_method_that_splits_heads_is_counted_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = build("svg", {"density": 0.4, "block_size": 16, "sink": False})
+    call = _call()
+    kind = torch.tensor([True, False])
+    monkeypatch.setattr(type(method), "temporal_heads", lambda *_: kind)
+    sampled = RowBackend(load("reference"), call, torch.arange(20))
+    method.attend(call, sampled)
+    spatial, temporal = (m.density for m in method.masks(GRID))  # type: ignore[attr-defined]
+    assert sampled.kept.tolist() == pytest.approx([temporal, spatial])
+    assert (sampled.kept > 0).all()
+
+
 def test_every_head_keeps_a_share_of_its_own() -> None:
     call = _call()
     sampled = RowBackend(load("reference"), call, torch.arange(20))

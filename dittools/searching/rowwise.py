@@ -80,15 +80,38 @@ class RowBackend:
         )
 
     def _count(self, call: AttentionCall, density: torch.Tensor, computed: torch.Tensor) -> None:
-        """Add the shares of a call to its heads; a batch folded into heads is averaged."""
+        """Add the shares of a call to its heads; a batch folded into heads is averaged.
+
+        Calls of gathered queries name no heads: theirs is spread over all.
+        """
         heads = self._whole.head_count
-        named = getattr(call, "head_index", ()) or tuple(range(call.head_count))
-        where = torch.tensor(named) % heads
+        if not self._fits(call):
+            batch, tokens = self._whole.query.shape[:2]
+            pairs = call.query.shape[0] * call.query.shape[1] * call.key.shape[1] * call.head_count
+            every = pairs / (batch * tokens**2 * heads)
+            self.kept += float(density.mean()) * every
+            self.visited += float(computed.mean()) * every
+            return
+        where = self._heads_of(call) % heads
         folded = self._whole.query.shape[0] > 1 and call.query.shape[0] == 1
         pairs = call.query.shape[1] * call.key.shape[1] / self._whole.query.shape[1] ** 2
         pairs /= self._whole.query.shape[0] if folded else 1
         for total, share in ((self.kept, density), (self.visited, computed)):
             total.index_add_(0, where, (share * pairs).expand(len(where)).contiguous())
+
+    def _heads_of(self, call: AttentionCall) -> torch.Tensor:
+        """Return int64 [heads of the call]: which heads of the whole call these are.
+
+        Told by their first queries: methods split heads as they like, and fold batches into them.
+        """
+        own, all_ = (
+            c.query[:, :4].permute(0, 2, 1, 3).flatten(2).flatten(0, 1) for c in (call, self._whole)
+        )
+        same = (own[: call.head_count, None] == all_[None]).all(dim=2)
+        found = same.int().argmax(dim=1)
+        return torch.where(
+            same.any(dim=1), found, torch.arange(len(found), device=found.device)
+        ).cpu()
 
     def _run(
         self, call: AttentionCall, mask: BlockMask | None
