@@ -87,8 +87,7 @@ class RowBackend:
         heads = self._whole.head_count
         if not self._fits(call):
             batch, tokens = self._whole.query.shape[:2]
-            pairs = call.query.shape[0] * call.query.shape[1] * call.key.shape[1] * call.head_count
-            every = pairs / (batch * tokens**2 * heads)
+            every = call.query[..., 0].numel() * call.key.shape[1] / (batch * tokens**2 * heads)
             self.kept += float(density.mean()) * every
             self.visited += float(computed.mean()) * every
             return
