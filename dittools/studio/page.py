@@ -3,13 +3,15 @@
 import os
 import sys
 from importlib.resources import files
+from typing import Any
 
 import gradio as gr
 
 import dittools
 from dittools.errors import InputError
+from dittools.kernels import native
 from dittools.studio.context import Context
-from dittools.studio.engine import Engine
+from dittools.studio.engine import Engine, Job
 from dittools.studio.runs import RunStore
 from dittools.studio.settings import StudioSettings
 from dittools.studio.tabs import TABS
@@ -75,7 +77,7 @@ def launch(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     if engine is None:
         engine = Engine(settings.device, settings.dtype)
-        engine.submit("loading the demo model", "demo", lambda pipe, job: None)
+        engine.submit("getting ready", "demo", _get_ready)
     page = build(settings, engine)
     try:
         page.launch(
@@ -106,6 +108,12 @@ def launch(
     if block:
         page.block_thread()
     return page
+
+
+def _get_ready(pipe: Any, job: Job) -> None:
+    """Build the CPU kernels while the person reads the page, so that the first clip is quick."""
+    if pipe.device.type == "cpu":
+        native.load()
 
 
 def theme() -> gr.themes.Base:
