@@ -133,6 +133,7 @@ def test_a_search_stops_goes_on_and_gives_its_plan(page: Any, runs: Path, tmp_pa
     tab(page, "Search")
     only(page, "search", "gna")
     small(page, "search")
+    page.locator("#search-prompts textarea").fill("a red circle\na blue square")
     page.locator("#search-value input").fill("2")
     page.locator("#search-start").click()
     page.locator("#search-status .dt-alert", has_text="density is not usable").wait_for()

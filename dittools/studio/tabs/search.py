@@ -135,8 +135,8 @@ def order_of(
         InputError: a field holds something no search can use.
     """
     prompts = prompts_of(text)
-    settings = settings_for(model, prompts[0], **size)
-    return SearchOrder(prompts, target, value or 0.0, tuple(methods), budget, settings)
+    settings = [settings_for(model, prompt, **size) for prompt in prompts]  # every one is checked
+    return SearchOrder(prompts, target, value or 0.0, tuple(methods), budget, settings[0])
 
 
 def _run(context: Context, submit: Any, target: tuple[str, float]) -> Iterator[Any]:
