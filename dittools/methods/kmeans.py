@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-_DISTANCES = 2**20  # token-centroid distances of one head held at a time; fits a cache
+_DISTANCES = 2**17  # token-centroid distances of one head held at a time; fits a cache
 
 
 class Clusters(NamedTuple):

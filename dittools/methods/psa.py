@@ -21,7 +21,7 @@ from dittools.methods.curves import placed_order
 from dittools.order import TokenOrder
 
 FACTORS = (1, 2, 4, 8)
-_CHUNK = 2**21  # sampled scores held at a time; in a CPU's cache they are read back for free
+_CHUNK = 2**20  # sampled scores held at a time; in a CPU's cache they are read back for free
 
 
 @dataclass(frozen=True)
