@@ -4,6 +4,7 @@ from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 from dittools.errors import UnknownMethod
+from dittools.methods.agent import Agent
 from dittools.methods.base import GridMethod, Method, Preset
 from dittools.methods.clear import Clear
 from dittools.methods.dense import Dense
@@ -21,6 +22,7 @@ from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.methods.sta import STA
 from dittools.methods.svg import SVG
 from dittools.methods.svg2 import SVG2
+from dittools.methods.tome import ToMe
 from dittools.methods.vmoba import VMoBA
 
 METHODS: dict[str, type[Any]] = {
@@ -40,6 +42,8 @@ METHODS: dict[str, type[Any]] = {
         SVG2,
         Sparge,
         FreeSwim,
+        Agent,
+        ToMe,
         RandomBlocks,
         OracleTopK,
     )
@@ -95,10 +99,10 @@ def preset(name: str, family: str) -> Preset:
         return Preset(kind(**found.params), found.dense_steps, found.dense_layers, found.source)
     if kind is Dense:
         return Preset(kind(), 0, 0, "dense has no settings")
-    source = (
-        f"no published preset for {family}, using {name}'s defaults, a quarter of the steps dense"
-    )
-    return Preset(kind(), DEFAULT_DENSE_STEPS, 0, source)
+    source = f"no published preset for {family}, using {name}'s defaults"
+    if getattr(kind, "acts_early", False):
+        return Preset(kind(), 0, 0, source)
+    return Preset(kind(), DEFAULT_DENSE_STEPS, 0, source + ", a quarter of the steps dense")
 
 
 def describe(kind: type[Any]) -> list[str]:

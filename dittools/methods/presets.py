@@ -4,10 +4,18 @@ from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
-    """One published setting: parameters, dense steps (count or share), dense layers, source."""
+    """One published setting.
+
+    Attributes:
+        params: what differs from the method's defaults.
+        dense_steps: leading dense steps as a share of the authors' run, so that few-step models
+            get theirs.
+        dense_layers: leading dense layers.
+        source: where the numbers come from.
+    """
 
     params: dict[str, Any]
-    dense_steps: float | int
+    dense_steps: float
     dense_layers: int
     source: str
 
@@ -39,9 +47,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ),
     ("gna", "hunyuan_video"): Published(
         {"window": ("full", 0.8334, 0.5), "stride": (1, 32, 8)},
-        0.3,
         0,
-        _GNA + "HunyuanVideo 720p, window 30x40x40 of 30x48x80",
+        0,
+        _GNA + "HunyuanVideo 720p, window 30x40x40 of 30x48x80 at every step",
     ),
     ("gna", "cosmos"): Published(
         {"window": ("full", 0.7273, 0.6), "stride": (1, 8, 16)},
@@ -57,9 +65,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ),
     ("sta", "hunyuan_video"): Published(
         {"window": (5, 5, 5), "tile": (6, 8, 8)},
-        0.3,
         0,
-        _GNA + "its comparison at 58.3 % sparsity, HunyuanVideo 720p",
+        0,
+        _GNA + "its comparison at 58.3 % sparsity, HunyuanVideo 720p, every step",
     ),
     ("clear", "flux"): Published(
         {"radius": 32, "proportional": True},
@@ -68,19 +76,21 @@ PUBLISHED: dict[tuple[str, str], Published] = {
         "Huage001/CLEAR at high resolution with stock weights, for which nothing is published",
     ),
     ("sparse_vdit", "cogvideox15"): Published({"density": 0.265}, 0, 0, _VDIT),
-    ("sparse_vdit", "hunyuan_video"): Published({"density": 0.15}, 10, 0, _VDIT),
-    ("sparse_vdit", "wan"): Published({"density": 0.298}, 10, 0, _VDIT),
+    ("sparse_vdit", "hunyuan_video"): Published({"density": 0.15}, 10 / 50, 0, _VDIT),
+    ("sparse_vdit", "wan"): Published({"density": 0.298}, 10 / 50, 0, _VDIT),
     ("paro", "cogvideox"): Published({"density": 0.3}, 0, 0, _PARO + "CogVideoX-5B, 49 frames"),
     ("paro", "wan"): Published({"density": 0.5}, 0, 0, _PARO + "Wan2.1-14B 720p"),
     ("paro", "flux"): Published({"density": 0.5}, 0, 0, _PARO + "FLUX.1-dev at 1024"),
     ("rectified", "hunyuan_video"): Published({"density": 0.2}, 0, 0, _RECT + "HunyuanVideo 720p"),
     ("rectified", "wan"): Published(
-        {"density": 0.25, "first_frame": True}, 5, 2, _RECT + "Wan2.1 T2V 14B 720p"
+        {"density": 0.25, "first_frame": True}, 5 / 50, 2, _RECT + "Wan2.1 T2V 14B 720p"
     ),
     ("rectified", "wan22"): Published(
-        {"density": 0.15, "first_frame": True}, 3, 2, _RECT + "Wan2.2 T2V A14B 720p"
+        {"density": 0.15, "first_frame": True}, 3 / 40, 2, _RECT + "Wan2.2 T2V A14B 720p"
     ),
-    ("rectified", "cogvideox15"): Published({"density": 0.15}, 5, 0, _RECT + "CogVideoX1.5 T2V"),
+    ("rectified", "cogvideox15"): Published(
+        {"density": 0.15}, 5 / 50, 0, _RECT + "CogVideoX1.5 T2V"
+    ),
     ("rectified", "flux"): Published({"density": 0.1}, 0, 0, _RECT + "FLUX.1-dev 4096, all layers"),
     ("psa", "wan"): Published({"ends": (0.4, 0.5, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.1 14B"),
     ("psa", "wan22"): Published({"ends": (0.5, 0.6, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.2 A14B"),
@@ -100,6 +110,13 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("freeswim", "wan"): Published(
         {"native": (30, 52)}, 0, 0, "FreeSwim inference.py, window only, Wan2.1-1.3B 480x832"
     ),
+    ("agent", "unet"): Published(
+        {"agents": "matched", "late": "tome"},
+        0,
+        0,
+        "Agent-Attention agentsd scripts, Stable Diffusion 1.5, 40 % merged",
+    ),
+    ("tome", "unet"): Published({}, 0, 0, "tomesd's defaults, Stable Diffusion 1 and 2"),
     ("svg2", "wan"): Published({"q_clusters": 300, "mass": 0.9}, 0.2, 1, _SVG + "Wan2.1 720p"),
     ("svg2", "hunyuan_video"): Published(
         {"q_clusters": 400, "mass": 0.9}, 0.1, 1, _SVG + "HunyuanVideo 720p"

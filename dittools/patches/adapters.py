@@ -24,12 +24,14 @@ class Layout:
             padding before the call, so that their number varies.
         rows: geometry of each row of the batch where rows differ; a row shorter than the sequence
             is padded at its end.
+        levels: `grids` are levels of one picture, the finest first.
     """
 
     grids: tuple[TokenGrid, ...]
     by_path: tuple[tuple[str, tuple[TokenGrid, ...]], ...] = ()
     text_up_to: int = 0
     rows: tuple[TokenGrid, ...] = ()
+    levels: bool = False
 
     def place(self, path: str, tokens: int) -> TokenGrid | None:
         """Return the geometry of a sequence of that length at a site, None when none fits."""

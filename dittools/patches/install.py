@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from dittools.patches.guide import follow, unfollow
+from dittools.patches.inputs import needs_of, tap, untap
 from dittools.patches.root import Root
 from dittools.patches.seam import is_shadow, shadow_of, stock_of
 from dittools.patches.sites import SITE_ATTRIBUTE, Site
@@ -104,6 +105,7 @@ def not_interceptable(module: torch.nn.Module) -> str:
 
 def install(denoiser: torch.nn.Module, root: Root, paths: list[str]) -> None:
     """Put everything on a denoiser; on an error everything is taken off again."""
+    needs = needs_of(root.runtime.plan)
     try:
         for layer, path in enumerate(paths):
             module = denoiser.get_submodule(path)
@@ -111,6 +113,7 @@ def install(denoiser: torch.nn.Module, root: Root, paths: list[str]) -> None:
             module.__dict__[SITE_ATTRIBUTE] = site
             root.sites.append(site)
             put_shadow(module)
+            tap(module, site, needs)
         root.branch_name = follow_branch(denoiser)
         denoiser.register_forward_pre_hook(RootHook(root), with_kwargs=True)
         if root.guide is not None:
@@ -124,6 +127,7 @@ def uninstall(denoiser: torch.nn.Module) -> None:
     """Take everything off a denoiser or a copy of one: its modules are walked, no list is kept."""
     for module in denoiser.modules():
         module.__dict__.pop(SITE_ATTRIBUTE, None)
+        untap(module)
         _unshadow(getattr(module, "processor", None))
     # fusing projections the old way sets the processors aside there
     for processor in (getattr(denoiser, "original_attn_processors", None) or {}).values():

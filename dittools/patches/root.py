@@ -12,6 +12,7 @@ from dittools.errors import DitToolsError, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.patches.adapters import Family, Layout
 from dittools.patches.guide import BRANCH, Guide
+from dittools.patches.inputs import lacking, take_seen
 from dittools.patches.masks import KeyMask, key_mask
 from dittools.patches.meter import DENSE_IS_FASTER, Meter
 from dittools.patches.perturb import restricted
@@ -26,6 +27,8 @@ from dittools.patches.refusals import (
 from dittools.patches.runtime import Moment, Runtime, Tally
 from dittools.patches.sites import SeamCall, Site
 from dittools.plans.plan import HeadRule
+
+BATCHED = "cond_uncond"  # diffusers' name of one call for both halves of guidance
 
 
 class Root:
@@ -77,6 +80,8 @@ class Root:
     def _branch(self, step: int) -> str:
         """Return the name diffusers gives the forward, else one by its order within the step."""
         name = self.branch_name()
+        if name == BATCHED and self.runtime.clock.is_guided is False:
+            return "cond"  # pipelines keep the name when the run has no guidance
         if name is not None:
             return name
         at, count = self._unnamed
@@ -147,6 +152,7 @@ class Root:
             return call.dense()
         if len(grids) == 1:
             return self._sparse_call(site, call, grids[0], rules, moment, tally)
+        site.seen.clear()  # caught for all rows at once
         out = torch.zeros_like(call.query)
         axis = 2 if call.heads_first else 1
         for index, grid in enumerate(grids):
@@ -194,6 +200,7 @@ class Root:
         if mask.reason:
             return None, mask.reason
         key = (site.name, moment.branch, ordinal)
+        seen = take_seen(site, q, grid)
         try:
             return AttentionCall(
                 q,
@@ -207,6 +214,9 @@ class Root:
                 scale=call.options.get("scale"),
                 key_mask=mask.keep,
                 memory=self.runtime.recall(key, (q.shape, q.dtype, q.device, grid)),
+                full=moment.layout.grids[0] if moment.layout and moment.layout.levels else None,
+                features=seen.get("features"),
+                unrotated=seen.get("unrotated"),
             ), ""
         except UnsupportedCall as error:
             return None, str(error)
@@ -237,7 +247,9 @@ class Root:
         groups = []
         for heads, method in rules:
             part = whole.heads(heads) if len(rules) > 1 else whole
-            reasons = [] if method.name == "dense" else method.not_supported(part)
+            reasons = []
+            if method.name != "dense":
+                reasons = method.not_supported(part) or lacking(method, part)
             for reason in reasons:
                 tally.fallbacks[reason] += 1
             groups.append((heads, None if reasons or method.name == "dense" else method, part))

@@ -91,6 +91,7 @@ class Site:
         layer: index in execution order.
         root: the attached denoiser.
         token: 0-d CPU tensor with the site's number, a graph input under torch.compile.
+        seen: what the taps of `inputs` caught for the call that comes next.
     """
 
     path: str
@@ -98,6 +99,7 @@ class Site:
     layer: int
     root: "Root"
     token: torch.Tensor = field(init=False)
+    seen: dict[str, torch.Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Draw a number and make the site findable by it."""

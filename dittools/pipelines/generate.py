@@ -138,9 +138,20 @@ def call_arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     unknown = [name for name in arguments if name not in accepted]
     if unknown:
         raise InputError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
+    if "use_resolution_binning" in accepted and not _has_bins(pipe):
+        arguments["use_resolution_binning"] = False
     arguments["generator"] = torch.Generator("cpu").manual_seed(settings.seed)
     arguments["output_type"] = "np"
     return arguments
+
+
+def _has_bins(pipe: Any) -> bool:
+    """Whether PixArt and Sana know standard sizes for this model: they do for a few sample sizes.
+
+    For a model of another sample size they refuse to run unless told not to look for one.
+    """
+    config = getattr(getattr(pipe, "transformer", None), "config", None)
+    return getattr(config, "sample_size", None) in (16, 32, 64, 128, 256)
 
 
 def check_size(pipe: Any, settings: Settings) -> None:

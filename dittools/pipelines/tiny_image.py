@@ -398,11 +398,15 @@ def sd() -> Any:
 
 
 def sdxl() -> Any:
-    """Return a toy Stable Diffusion XL pipeline."""
+    """Return a toy Stable Diffusion XL pipeline: no attention at full latent resolution."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
+    levels = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
     unet = UNet2DConditionModel(
-        **_UNET,
+        **{**_UNET, **levels},
         cross_attention_dim=64,
         attention_head_dim=(2, 4),
         use_linear_projection=True,

@@ -18,7 +18,7 @@ def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
     for _ in range(_LEVELS):
         grids.append(TokenGrid(1, int(height), int(width)))
         height, width = -(-height // 2), -(-width // 2)
-    return Layout(tuple(dict.fromkeys(grids)))
+    return Layout(tuple(dict.fromkeys(grids)), levels=True)
 
 
 _INSIDE = r".*attentions\.\d+\.transformer_blocks\.\d+\.attn1"
