@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from dittools.errors import DitToolsError, InputError, PlanError
 from dittools.methods import METHODS
 from dittools.pipelines.generate import Settings
 from dittools.pipelines.session import Request
-from dittools.studio import html, result
+from dittools.studio import StudioSettings, html, launch, result
 from dittools.studio.engine import MOST_WAITING, Cancelled, Engine, Job
 from dittools.studio.generation import Generation
 from dittools.studio.heatmap import difference
@@ -29,7 +30,6 @@ from dittools.studio.memory import check_memory, estimate, filled
 from dittools.studio.params import changed, fields_of
 from dittools.studio.reproduce import command_line, python_snippet
 from dittools.studio.runs import RunStore
-from dittools.studio.settings import StudioSettings
 from dittools.studio.uploads import MOST_PLAN_BYTES, read_plan
 
 SOON = 60.0  # seconds; machines that test are busy
@@ -423,6 +423,23 @@ def test_the_command_refuses_an_open_door(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_without_gradio_the_command_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dittools.cli.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as left:
+        main(["studio"])
+    assert left.value.code == 2
+    assert "dittools[app]" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_one_clear_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port}.*another --port"):
+            launch(StudioSettings(tmp_path, port=port), toy_engine(), block=False)
+
+
 HOSTILE = "<script>alert(1)</script>\"'&${x}"
 
 
@@ -451,6 +468,7 @@ def test_every_fragment_escapes_its_text() -> None:
         result.player({"dense": f"/runs/{HOSTILE}.mp4"}, HOSTILE, 8),
         result.forecast_card({"error": HOSTILE}),
     )
+    assert "<img" in result.player({"dense": "/runs/dense.png"}, "gna", 8)
     for text in made:
         assert "script" not in _Tags(text).tags
         assert HOSTILE not in text

@@ -103,7 +103,8 @@ def forecast_card(found: dict[str, Any]) -> str:
         ),
         ("Tokens", f"{found['tokens']:,}", "per clip"),
     ]
-    notes = [f"Left dense where sparse would be slower: layers {_list(found['losing'])}."]
+    slow = _list(found["losing"])
+    notes = [f"Sparse would be slower than dense in layers {slow}, so they are counted as dense."]
     notes = notes if found["losing"] else []
     notes += [f"Only the run will tell: {text}." for text in found["unknown"]]
     return _tiles(tiles, "dt-forecast") + "".join(html.notice(note) for note in notes)

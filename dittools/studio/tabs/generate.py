@@ -33,6 +33,7 @@ SIZES = {
 }
 MOST_LETTERS = 2000  # of a prompt
 MOST_REPEATS = 20
+COMING = "The clips appear here as they are made, the dense one first."
 EMPTY = "Press Generate: the dense clip and the accelerated one appear here, from the same seed."
 
 
@@ -241,8 +242,9 @@ class _View:
         self._seen = dict(posted)
         ahead, player, details = [gr.skip()] * 3
         if self._is_first:
-            ahead, details = "", "" if not self._only_forecast else gr.skip()
-            self._is_first = False
+            ahead, self._is_first = "", False
+            if not self._only_forecast:
+                player, details = html.empty(COMING), ""
         if "forecast" in fresh:
             ahead = result.forecast_card(fresh["forecast"])
         if "clips" in fresh:
@@ -251,7 +253,7 @@ class _View:
             details = result.numbers(fresh["report"], floors_pending=True)
         if shot.is_finished and job is not None and isinstance(job.result, Run):
             player, details = result.view(job.result)
-        elif shot.is_finished and "clips" in posted:
+        elif shot.is_finished and not self._only_forecast:
             player = html.empty(EMPTY)  # the files of a run that is not kept are gone
         return [ahead, player, details]
 
