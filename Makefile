@@ -58,7 +58,7 @@ test-gpu: $(VENV)/.test  ## the kernel and attach tests on a CUDA device
 # natten has no CPU wheel; without CUDA its source installs as pure Python and serves as the oracle
 $(VENV)/.oracles: $(VENV)/.test
 	@$(PIP) install -q "setuptools<81" wheel
-	@$(PIP) install -q --no-deps --no-build-isolation natten==0.21.7
+	@$(PIP) install -q --no-deps --no-build-isolation natten==0.21.7 tomesd==0.1.3
 	@touch $@
 
 test-oracles: $(VENV)/.oracles  ## comparison with other packages' implementations
