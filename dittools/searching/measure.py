@@ -19,6 +19,8 @@ from dittools.searching.rows import sample_rows
 from dittools.searching.scout import Facts
 from dittools.searching.store import Result, Store, Unit, fingerprint
 
+FORMAT = 2  # of what a calibration keeps: older work is not taken up
+
 
 @dataclass(frozen=True)
 class Score:
@@ -111,7 +113,7 @@ class Bench:
         rows = len(sites.rows)
         units = [
             Unit(
-                f"calibrate {fingerprint(use.to_dict(), names, rows, carry)}",
+                f"calibrate {FORMAT} {fingerprint(use.to_dict(), names, rows, carry)}",
                 number,
                 lambda use=use: measure(use),  # type: ignore[misc]
             )

@@ -215,7 +215,7 @@ def problem_of(
     )
 
 
-def survivors(table: Table, most: int = 48) -> list[int]:
+def survivors(table: Table, most: int = 36) -> list[int]:
     """Return the candidates that would be first or second choice of some head at some price.
 
     Args:
