@@ -45,6 +45,12 @@ class StepClock:
         """The pipeline, None without one."""
         return self._pipe()
 
+    @property
+    def is_guided(self) -> bool | None:
+        """Whether the run that is under way is guided; None where the pipeline does not tell."""
+        guided = getattr(self._pipe(), "do_classifier_free_guidance", None)
+        return None if guided is None else bool(guided)
+
     def observe(self, timestep: Any) -> Place:
         """Return the place of a forward that was given this timestep."""
         scheduler = getattr(self._pipe(), "scheduler", None)
