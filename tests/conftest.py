@@ -1,7 +1,8 @@
 """Settings every test shares, and the record of which feature works on which model family.
 
 A test marked `cell(feature)` is one entry of the compatibility matrix; its family is the argument
-`family`, or the parameter `name`. `--matrix FILE` writes what the marked tests found.
+`family`, or the parameter `name`. `--matrix FILE` writes what the marked tests of a run found over
+what the file says of the same cells.
 """
 
 import json
@@ -17,6 +18,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 import pytest
 import torch
 
+LEFT_OUT = "too slow for every run: `make matrix`"
 CELLS: pytest.StashKey[set[tuple[str, str]]] = pytest.StashKey()
 FOUND: pytest.StashKey[dict[tuple[str, str], "Cell"]] = pytest.StashKey()
 
@@ -47,10 +49,13 @@ def _seeded() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", type=Path, metavar="FILE", help="write the compatibility matrix")
+    parser.addoption("--cells", action="store_true", help="list the cells of the collected tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FOUND] = {}
+    if config.getoption("--matrix") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--matrix needs a run in one process: -n 0")
 
 
 def cells_of(item: pytest.Item) -> list[tuple[str, str, str]]:
@@ -68,6 +73,18 @@ def cells_of(item: pytest.Item) -> list[tuple[str, str, str]]:
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[CELLS] = {cell[:2] for item in items for cell in cells_of(item)}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if session.config.getoption("--cells"):
+        for family, feature in sorted(session.config.stash[CELLS]):
+            print(f"cell\t{family}\t{feature}")
+
+
+@pytest.fixture(scope="session")
+def collected_cells(pytestconfig: pytest.Config) -> set[tuple[str, str]]:
+    """(family, feature) of every marked test that was collected, deselected ones too."""
+    return pytestconfig.stash[CELLS]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,12 +116,17 @@ def _note(
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     target = session.config.getoption("--matrix")
-    if target is None or hasattr(session.config, "workerinput"):
+    if target is None:
         return
     cells: dict[str, dict[str, Any]] = {}
+    if target.exists():
+        cells = json.loads(target.read_text())["cells"]
     for (family, feature), cell in sorted(session.config.stash[FOUND].items()):
         entry = {"status": cell.status, "note": cell.note, "tests": cell.tests}
         cells.setdefault(family, {})[feature] = {k: v for k, v in entry.items() if v}
+    for family, feature in session.config.stash[CELLS]:  # deselected in this run
+        cells.setdefault(family, {}).setdefault(feature, {"status": "skip", "note": LEFT_OUT})
+    cells = {family: dict(sorted(cells[family].items())) for family in sorted(cells)}
     versions = {name: _version(name) for name in ("torch", "diffusers", "transformers")}
     target.write_text(json.dumps({"versions": versions, "cells": cells}, indent=1) + "\n")
 

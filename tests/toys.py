@@ -1,8 +1,11 @@
 """Methods that make a test's point, and short runs of toy pipelines; shared by several files."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
+import diffusers
+import pytest
 import torch
 
 from dittools.call import AttentionCall
@@ -55,6 +58,26 @@ class Zeros:
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         return torch.zeros_like(call.query)
+
+
+OLD = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 42)
+
+
+@cache
+def shared(name: str) -> Any:
+    """The toy pipeline of that name, one for all tests; skips where diffusers is too old for it."""
+    return build_toy(name)
+
+
+def build_toy(name: str) -> Any:
+    """A fresh toy pipeline; skips where diffusers is too old for it."""
+    try:
+        return tiny.build(name)
+    except ImportError as error:
+        if not OLD:
+            raise
+        lacks = str(error).split("'")[1]
+        pytest.skip(f"diffusers {diffusers.__version__} has no {lacks}")
 
 
 def generate(pipe: Any, name: str, *, seed: int = 0, **changes: Any) -> torch.Tensor:
