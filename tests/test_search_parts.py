@@ -13,15 +13,25 @@ from dittools.kernels import load
 from dittools.methods import METHODS, build
 from dittools.patches.meter import Meter
 from dittools.patches.timing import Stopwatch
+from dittools.plans import ModelFacts
 from dittools.searching.allocate import Problem, Unreachable, allocate, within_memory
 from dittools.searching.atlas import band_keys, band_shares, head_class
 from dittools.searching.candidates import Candidate, candidates_for
-from dittools.searching.cost import CostTable, measure_costs
+from dittools.searching.cost import CostTable, flops_table, measure_costs
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import mask_rows, masked_output, sample_rows, weights
 from dittools.searching.rowwise import RowBackend
-from dittools.searching.table import merge, problem_of
+from dittools.searching.solver import Solver
+from dittools.searching.table import (
+    Table,
+    flat_weights,
+    merge,
+    plan_of,
+    problem_of,
+    reuse_neighbours,
+    survivors,
+)
 
 GRID = TokenGrid(5, 6, 7, text_after=3)
 METHODS_SEEN = [
@@ -328,3 +338,79 @@ def test_bands_hold_the_keys_they_are_named_after() -> None:
     assert counts["column"] == [20, 20, 20]
     assert counts["text"] == [2, 2, 2]
     assert counts["local"][:2] == [2 * 2 * 2, 3 * 3 * 2]  # a corner; the right edge in the middle
+
+
+def _seen_table(branches: tuple[str, ...] = ("cond", "uncond")) -> Table:
+    candidates = candidates_for(GRID, ["gna", "radial"])
+    probe = _probe(candidates, [None], 48)
+    for step in (0, 3):
+        for branch in branches:
+            probe.attend(replace(_call(step=step), branch=branch), load("reference"))
+    return merge([probe.results()], candidates, probe.sites)
+
+
+def test_a_layer_copies_its_predecessor_where_that_costs_little() -> None:
+    loss = torch.tensor([[9.0, 1.0, 1.02], [9.0, 1.02, 1.0], [9.0, 5.0, 1.0], [9.0, 1.0, 5.0]])
+    problem = Problem(
+        loss.double(),
+        torch.tensor([[1.0, 0.3, 0.3]]).expand(4, 3).double(),
+        torch.tensor([0, 1, 2, 3]),
+        torch.ones(4, 3, dtype=torch.bool),
+    )
+    choice = torch.tensor([1, 2, 2, 1])
+    assert reuse_neighbours(problem, choice, (4, 1, 1), 0.05, 9.0).tolist() == [1, 1, 2, 1]
+    assert reuse_neighbours(problem, choice, (4, 1, 1), 0.0, 9.0).tolist() == [1, 2, 2, 1]
+    problem.cost[1, 1] = 5.0  # copying would break the budget
+    assert reuse_neighbours(problem, choice, (4, 1, 1), 0.05, 2.0).tolist() == [1, 2, 2, 1]
+
+
+def test_branches_split_into_parts_of_their_own() -> None:
+    table = _seen_table()
+    split = table.split()
+    assert split is not None
+    assert split.shape == (1, 4, 2)  # two step ranges of two branches
+    assert [split.part(n) for n in range(4)] == [
+        (0, "cond"), (0, "uncond"), (1, "cond"), (1, "uncond"),
+    ]  # fmt: skip
+    assert torch.allclose(split.error.view(1, 2, 2, 2, -1).mean(dim=2), table.error)
+    assert split.range_weight().tolist() == [1, 1, 1, 1]
+    assert _seen_table(("cond",)).split() is None
+    choice = torch.tensor([[[1, 1], [1, 1], [1, 2], [2, 2]]]).flatten()
+    facts = ModelFacts("X", 1, 2, 16)
+    rules = plan_of(split, choice, facts).rules
+    assert [(r.steps, r.heads, r.branch) for r in rules] == [
+        ((0.0, 0.5), "all", "all"),
+        ((0.5, 1.0), (0,), "cond"),
+        ((0.5, 1.0), (1,), "cond"),
+        ((0.5, 1.0), "all", "uncond"),
+    ]
+
+
+def test_survivors_are_those_some_head_would_choose() -> None:
+    table = _seen_table()
+    kept = survivors(table)
+    assert 0 not in kept
+    assert 0 < len(kept) < len(table.candidates) - 1
+    assert len(survivors(table, most=2)) == 2
+    solver = Solver(
+        table,
+        flat_weights(table),
+        flops_table(GRID, 2, 16),
+        Constraints(),
+        ModelFacts("X", 1, 2, 16),
+    )
+    for budget in (0.2, 0.4, 0.6):
+        assert set(solver.solve(budget).choice.tolist()) - {0} <= set(kept)
+
+
+def test_what_lost_the_first_look_keeps_its_errors_but_is_not_used() -> None:
+    whole = _seen_table()
+    probe = Probe(whole.sites, whole.candidates, [None], active=[1, 2])
+    for step in (0, 3):
+        probe.attend(_call(step=step), load("reference"))
+    table = merge([probe.results()], whole.candidates, whole.sites, whole, [1, 2])
+    assert table.active.tolist() == [n < 3 for n in range(len(whole.candidates))]
+    assert torch.equal(table.error[..., 3:], whole.error[..., 3:])
+    weight = flat_weights(table)
+    problem = problem_of(table, weight, table.density, Constraints())
+    assert set(allocate(problem, 0.7).tolist()) <= {0, 1, 2}
