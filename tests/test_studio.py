@@ -190,8 +190,11 @@ def test_only_one_model_is_kept() -> None:
 def test_progress_tells_share_and_time_left() -> None:
     job = Job("x", "toy", lambda pipe, job: None)
     assert job.begin()
-    job.expect(10)
-    job("dense", 4, 4)
+    job("looking ahead", 3, 3)
+    job.expect(14)
+    for done in (1, 2, 1, 2):  # two runs of one name
+        job("warm-up", done, 2)
+    job("dense", 2, 4)
     job("accelerated", 1, 6)
     shot = job.snapshot()
     assert shot.share == 0.5

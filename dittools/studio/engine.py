@@ -88,10 +88,8 @@ class Job:
         """Take progress; raises Cancelled once the person has pressed stop."""
         self.check()
         with self._changed:
-            if what != self._what:
+            if what != self._what or done < self._done:  # the next part of the work
                 self._before += self._done
-                if not self._first_step:
-                    self._first_step = time.monotonic()
             self._what, self._done, self._total = what, done, total
             self._touch()
 
@@ -101,8 +99,11 @@ class Job:
             raise Cancelled
 
     def expect(self, steps: int) -> None:
-        """Say how many steps the whole job takes, for the time left."""
+        """Say how many steps the job takes from now on; later calls correct the number."""
         with self._changed:
+            if not self._expected:
+                self._what, self._before, self._done = "", 0, 0
+                self._first_step = time.monotonic()
             self._expected = steps
 
     def post(self, name: str, value: Any) -> None:
