@@ -18,6 +18,7 @@ from dittools.commands.terminal import (
     count_or_share,
     errors,
     first_line,
+    guidance_of,
     pairs,
     progress,
 )
@@ -92,6 +93,16 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
+    guidance_heads: Annotated[
+        str | None,
+        typer.Option(help="HeadHunter: heads to perturb, e.g. L0H1,L3H2, or a plan that has some."),
+    ] = None,
+    guidance_weight: Annotated[
+        float | None, typer.Option(help="HeadHunter: weight, 3 unless the plan says.")
+    ] = None,
+    guidance_u: Annotated[
+        float | None, typer.Option(help="HeadHunter: strength 0 to 1, 1 unless the plan says.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also dense and the two floors, and a report.")
     ] = False,
@@ -129,6 +140,7 @@ def generate(
         height=height,
         width=width,
         guidance=guidance,
+        perturb=guidance_of(guidance_heads, guidance_weight, guidance_u),
         compare=compare,
         repeats=repeats,
         backend=backend,

@@ -55,6 +55,24 @@ def search(
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
     work: Annotated[Path | None, typer.Option(help="Folder of finished work.")] = None,
     out: Annotated[Path, typer.Option(help="Plan file.")] = Path("out/search/plan.json"),
+    objective: Annotated[
+        str, typer.Option(help="plan, or guidance: the heads to perturb (HeadHunter).")
+    ] = "plan",
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="guidance: demo, clip=DIR, pickscore=DIR, aesthetic=DIR, module:function."
+        ),
+    ] = "demo",
+    rounds: Annotated[int, typer.Option(help="guidance: greedy rounds.")] = 1,
+    top_k: Annotated[int, typer.Option(help="guidance: heads added per round.")] = 3,
+    scale: Annotated[float, typer.Option(help="guidance: its weight.")] = 3.0,
+    u: Annotated[float, typer.Option(help="guidance: strength, 0 to 1.")] = 1.0,
+    mode: Annotated[str, typer.Option(help="guidance: joint or image.")] = "joint",
+    heads: Annotated[str, typer.Option(help="guidance: the pool, e.g. L0,L3H1; all.")] = "",
+    atlas: Annotated[
+        bool, typer.Option(help="guidance: join the head atlas in the report.")
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it will cost: forwards, time, memory.")
     ] = False,
@@ -66,12 +84,41 @@ def search(
 
     Example: dittools search --prompts prompts.txt --target-density 0.4 --out plan.json
 
+    Heads for guidance: dittools search --objective guidance --prompts prompts.txt --steps 4
+
     On several processes: accelerate launch -m dittools search --prompts prompts.txt --min-psnr 28
     """
     from dittools.searching.api import make_request
     from dittools.searching.request import Constraints
     from dittools.searching.store import read_prompts
 
+    if objective not in ("plan", "guidance"):
+        raise InputError("unknown objective", expected="plan or guidance", got=repr(objective))
+    if objective == "guidance":
+        from dittools.commands import search_guidance
+
+        if dry_run:
+            raise InputError("--dry-run belongs to the search of a plan")
+        search_guidance.run(
+            search_guidance.Wanted(scorer, rounds, top_k, scale, u, mode, heads, atlas),
+            prompts,
+            model,
+            dtype,
+            device,
+            {
+                "steps": steps,
+                "frames": frames,
+                "height": height,
+                "width": width,
+                "guidance": guidance,
+                "seed": seed,
+            },
+            backend,
+            out,
+            work,
+            as_json,
+        )
+        return
     texts = read_prompts(prompts)
     limits = Constraints(
         dense_layers=_numbers("--dense-layers", dense_layers),

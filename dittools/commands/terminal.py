@@ -50,6 +50,33 @@ def count_or_share(value: float | None) -> float | int | None:
     return int(value)
 
 
+def guidance_of(heads: str | None, weight: float | None, u: float | None) -> Any:
+    """Return the HeadHunter of L0H1,L3H2 or of a plan file; None without heads.
+
+    Raises:
+        InputError: a weight without heads, a head that is none, a plan without guidance.
+        PlanError: the plan file is unusable.
+    """
+    if heads is None:
+        if weight is not None or u is not None:
+            raise InputError("guidance without heads", remedy="--guidance-heads L0H1,L3H2")
+        return None
+    from dataclasses import replace
+
+    from dittools.methods.headhunter import HeadHunter
+
+    wanted = (("scale", weight), ("u", u))
+    given: dict[str, Any] = {name: value for name, value in wanted if value is not None}
+    if heads.endswith(".json"):
+        from dittools.plans import Plan
+
+        found = Plan.load(heads).guidance
+        if found is None:
+            raise InputError(f"{heads} holds no guidance", remedy="dittools search --objective ...")
+        return replace(found, **given)
+    return HeadHunter(tuple(part for part in heads.split(",") if part.strip()), **given)
+
+
 @contextmanager
 def progress() -> Iterator[Any]:
     """Yield a callback (what, done, total): a bar on a terminal, one line per run elsewhere."""

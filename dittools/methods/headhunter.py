@@ -28,7 +28,7 @@ class HeadHunter:
     """Guidance by perturbed heads: which heads, how strongly damaged, how strongly guided."""
 
     name: ClassVar[str] = "headhunter"
-    heads: tuple[str, ...] = param(
+    heads: Sequence[str] = param(
         (), '"L12H3" for head 3 of layer 12, "L12" for every head of it; layers as in the report'
     )
     scale: float = param(3.0, "weight of the guidance; 3 suits SD3, 8 Flux")

@@ -89,6 +89,55 @@ def score_clip(frames: Frames, prompt: str) -> PromptScore:
     )
 
 
+def prompt_margins(frames: Frames, prompt: str) -> dict[str, float]:
+    """Say by how much a clip shows each thing its prompt asks for, 0 to 1; "all" is their mean.
+
+    `score_clip` says yes or no, and so the same of many clips; these numbers come from the same
+    pixels and tell clips apart that all pass, or all fail.
+
+    Args:
+        frames: [F, H, W, 3], RGB in 0..1.
+        prompt: words of the demo world; others are ignored.
+    Returns:
+        background: share of the background's pixels in its colour; texture: contrast, 0.5 where
+        striped begins; colour: share of the object pixels in its colour; shape: overlap of the
+        largest patch of that colour with the shape, 0 in frames without one; motion: travel the
+        right way less that across it, of twice the least that counts; objects: 1 over their number.
+    """
+    wanted = parse(prompt)
+    objects, grounds = _sort_pixels(frames)
+    found: dict[str, float] = {}
+    if wanted.background is not None:
+        own = grounds == list(BACKGROUND_COLOURS).index(wanted.background)
+        found["background"] = float(own.sum() / max((grounds >= 0).sum(), 1))
+    if wanted.texture is not None:
+        striped = min(_contrast(frames, grounds) / (2 * LEAST_CONTRAST), 1.0)
+        found["texture"] = striped if wanted.texture == "striped" else 1.0 - striped
+    if wanted.colour is None and wanted.shape is None and wanted.motion is None:
+        return {**found, "all": float(np.mean(list(found.values()))) if found else 0.0}
+    colours = list(OBJECT_COLOURS)
+    counts = [int((objects == i).sum()) for i in range(len(colours))]
+    best = int(np.argmax(counts)) if wanted.colour is None else colours.index(wanted.colour)
+    if wanted.colour is not None:
+        found["colour"] = counts[best] / max(sum(counts), 1)
+    least = LEAST_OBJECT * frames.shape[1] * frames.shape[2]
+    patches = [[p for p in frame if p.sum() >= least] for frame in _patches(objects == best)]
+    largest = {f: max(frame, key=np.sum) for f, frame in enumerate(patches) if frame}
+    if wanted.shape is not None:
+        place = SHAPES.index(wanted.shape)
+        overlaps = [float(_overlaps(mask)[place]) for mask in largest.values()]
+        found["shape"] = sum(overlaps) / len(frames)
+    if wanted.motion is not None:
+        x, y = _travel(largest) if len(largest) > 1 else (0.0, 0.0)
+        way = MOTIONS[wanted.motion]
+        along, across = way[0] * x + way[1] * y, abs(way[0] * y + way[1] * x)
+        share = len(largest) / len(frames)
+        found["motion"] = share * min(max((along - across) / (2 * LEAST_TRAVEL), 0.0), 1.0)
+    number = float(np.median([len(frame) for frame in patches]))
+    found["objects"] = 1 / number if number >= 1 else 0.0
+    return {**found, "all": float(np.mean(list(found.values())))}
+
+
 def observe(frames: Frames) -> Seen:
     """Say what a clip [F, H, W, 3] in 0..1 shows.
 
@@ -134,12 +183,18 @@ def _ground_colour(grounds: NDArray[np.intp]) -> str | None:
 
 
 def _texture(frames: Frames, grounds: NDArray[np.intp]) -> str | None:
+    if not (grounds >= 0).any():
+        return None
+    return "striped" if _contrast(frames, grounds) > LEAST_CONTRAST else "plain"
+
+
+def _contrast(frames: Frames, grounds: NDArray[np.intp]) -> float:
+    """Return spread over mean of the brightness of the background, 0 without one."""
     counts = [int((grounds == i).sum()) for i in range(len(BACKGROUND_COLOURS))]
     brightness = frames.sum(-1)[grounds == int(np.argmax(counts))]
     if brightness.size == 0:
-        return None
-    contrast = float(brightness.std() / max(float(brightness.mean()), 1e-6))
-    return "striped" if contrast > LEAST_CONTRAST else "plain"
+        return 0.0
+    return float(brightness.std() / max(float(brightness.mean()), 1e-6))
 
 
 def _patches(mask: Mask) -> list[list[Mask]]:
@@ -175,17 +230,23 @@ def _motion(tracked: dict[int, Mask]) -> str | None:
     """Return the direction of the least-squares path; None when still or oblique."""
     if len(tracked) < 2:
         return None
-    time = np.array(list(tracked), dtype=np.float64)
-    height, width = next(iter(tracked.values())).shape
-    centres = np.array([_centre(mask) for mask in tracked.values()]) / (width, height)
-    slope = np.polyfit(time, centres, 1)[0]
-    travel = slope * (time.max() - time.min())
+    travel = _travel(tracked)
     main = int(np.argmax(np.abs(travel)))
     if abs(travel[main]) < LEAST_TRAVEL or abs(travel[1 - main]) > 0.5 * abs(travel[main]):
         return None
     step = [0, 0]
     step[main] = 1 if travel[main] > 0 else -1
     return next(name for name, way in MOTIONS.items() if way == tuple(step))
+
+
+def _travel(tracked: dict[int, Mask]) -> NDArray[np.float64]:
+    """Return (x, y) from first to last frame along the least-squares path, as shares of a side."""
+    time = np.array(list(tracked), dtype=np.float64)
+    height, width = next(iter(tracked.values())).shape
+    centres = np.array([_centre(mask) for mask in tracked.values()]) / (width, height)
+    slope = np.polyfit(time, centres, 1)[0]
+    travel: NDArray[np.float64] = slope * (time.max() - time.min())
+    return travel
 
 
 def _shape(masks: list[Mask]) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from dittools import plans
 from dittools.errors import InputError
 from dittools.methods import Method, build, preset
+from dittools.methods.headhunter import HeadHunter
 from dittools.metrics.scene import WORDS, Scene, parse, unknown_words
 from dittools.patches import attach
 from dittools.pipelines import load
@@ -54,6 +55,7 @@ class Request:
     height: int | None = None
     width: int | None = None
     guidance: float | None = None
+    perturb: HeadHunter | None = None
     compare: bool = False
     repeats: int = 3
     backend: str = "auto"
@@ -155,7 +157,11 @@ def target_of(request: Request) -> str | Method | Plan:
 
 def attach_options(request: Request) -> dict[str, Any]:
     """Return the schedule options a request sets."""
-    wanted = {"dense_steps": request.dense_steps, "dense_layers": request.dense_layers}
+    wanted: dict[str, Any] = {
+        "dense_steps": request.dense_steps,
+        "dense_layers": request.dense_layers,
+        "guidance": request.perturb,
+    }
     return {name: value for name, value in wanted.items() if value is not None}
 
 
