@@ -95,7 +95,7 @@ def test_steps_share_masks_as_in_the_paper_or_in_equal_parts() -> None:
     assert bins_of(3, masks=9) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("grid", [TokenGrid(8, 4, 4), TokenGrid(5, 5, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize("grid", [TokenGrid(8, 4, 4), TokenGrid(8, 5, 5, 3, 4)], ids=str)
 @pytest.mark.parametrize("density", [0.3, 0.4, 0.61])
 def test_the_bisection_hits_the_density_of_the_run_to_one_block(
     grid: TokenGrid, density: float
