@@ -95,6 +95,9 @@ def test_choices_differ_by_step_range_and_a_range_without_a_step_follows_the_one
     changed = changed.with_choice(changed.reach(0, 1, 2, SCOPES[0], every_range=False), 2)
     plan = plan_of(changed)
     assert [_ran(plan, 0, s)[1] for s in range(8)] == ["gna"] * 4 + ["radial"] * 4
+    uneven = AtlasEdit.start(_atlas(steps=(1, 1, 2)))
+    late = uneven.with_choice(uneven.reach(0, 1, 2, SCOPES[0], every_range=False), 2)
+    assert late.density() == pytest.approx(1 - 0.6 * 2 / 16)  # two of its four steps, four heads
     alone = edit.with_choice(edit.reach(0, 1, 2, SCOPES[0], every_range=False), 2)
     assert [_ran(plan_of(alone), 0, s)[1] for s in (3, 4)] == ["dense", "radial"]
 
@@ -188,6 +191,9 @@ def test_progress_counts_model_calls_and_leaves_out_what_was_done_before() -> No
     for _ in range(5):  # one more than a unit takes
         calls.call()
     assert told.lines[-1] == ("measuring", 5, 8)
+    for _ in range(5):  # a dense reference on top
+        calls.call()
+    assert told.lines[-1] == ("measuring", 10, 10)
     calls.report("measuring", 2, 3)
     assert told.expected == 16
     calls.report("verifying", 0, 1)
