@@ -44,7 +44,7 @@ def rows_of(arguments: Mapping[str, Any], order: tuple[str, ...], pipe: Any) -> 
     latents: Any = next((arguments[n] for n in LATENTS if arguments.get(n) is not None), None)
     is_list = isinstance(latents, (list, tuple))
     total = len(latents) if latents is not None else 0
-    alone = Rows(total, slice(0, total), 1, is_list)
+    alone = Rows(total, slice(None), 1, is_list)
     says = _guides(pipe) if order else False
     if not order or says is False or total == 0:
         return alone
