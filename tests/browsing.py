@@ -18,7 +18,8 @@ SHOTS = ROOT / "out" / "studio-shots"
 def studio(runs: Path, *options: str) -> Iterator[str]:
     """Yield the address of a studio whose history lies in `runs`."""
     command = [sys.executable, "app.py", "--port", "0", "--runs", str(runs), *options]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # one thread, as in every other test: two that wait for each other starve on a busy machine
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
