@@ -77,6 +77,13 @@ def families() -> str:
     return table(("family", "denoiser classes", "to know"), body)
 
 
+def matrix() -> str:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from matrix import load, tables
+
+    return tables(load())
+
+
 def kernels() -> str:
     result = _load("kernels-cpu.json")
     keys = ("dtype", "tokens", "heads", "head_dim", "block")
@@ -103,6 +110,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "larger": larger,
     "methods": methods,
     "families": families,
+    "matrix": matrix,
     "kernels": kernels,
     "score": score,
 }

@@ -1,52 +1,21 @@
 """Every model family at toy size: exact when dense, text where it should be, padding unread."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from toys import OLD, Spy, Whole, build_toy
+from toys import shared as pipeline
 
-from dittools.call import AttentionCall
 from dittools.errors import AttachError, InputError
-from dittools.kernels import Backend
-from dittools.mask import BlockMask
 from dittools.methods import build
 from dittools.patches import Family, Layout, attach, families, register_family
 from dittools.patches.adapters import _FAMILIES, argument, latent_video
 from dittools.patches.families import flux, qwen_image
 from dittools.pipelines import tiny
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Runs the sparse path with a mask that keeps everything: must equal dense attention."""
-
-    name: ClassVar[str] = "whole"
-
-    def not_supported(self, call: AttentionCall) -> list[str]:
-        return []
-
-    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        size = max(8, call.query.shape[1] // 3)  # ragged: three blocks and a rest
-        mask = BlockMask.full(call.query.shape[1], call.key.shape[1], size)
-        return backend.block_sparse(call, mask)
-
-
-@dataclass(frozen=True)
-class Spy:
-    """Notes every call it is given and runs it dense."""
-
-    name: ClassVar[str] = "spy"
-    seen: list[AttentionCall] = field(default_factory=list)
-
-    def not_supported(self, call: AttentionCall) -> list[str]:
-        return []
-
-    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        self.seen.append(call)
-        return backend.dense(call)
 
 
 class Facts(NamedTuple):
@@ -89,11 +58,6 @@ SIZES: dict[str, dict[str, int]] = {
 NAMES = sorted(FACTS)
 
 
-@cache
-def pipeline(name: str) -> Any:
-    return tiny.build(name)
-
-
 def run(name: str, *, seed: int = 0, **changes: Any) -> torch.Tensor:
     """Latents after two steps."""
     arguments = {**tiny.call_arguments(name), "output_type": "latent", "num_inference_steps": 2}
@@ -112,14 +76,26 @@ def test_every_toy_pipeline_is_checked() -> None:
     assert set(tiny.TINY) == {*FACTS, "sana"}
 
 
+def facts_of(name: str) -> Facts:
+    """What the installed diffusers shows: LTX-2 had its extra guidance off by default once."""
+    facts = FACTS[name]
+    if name == "ltx2":
+        default = signature(type(pipeline(name)).__call__).parameters["stg_scale"].default
+        if default == 0:
+            return facts._replace(branches=["cond_uncond"], calls=4)
+    return facts
+
+
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cell("attach, dense plan: bit-equal")
+@pytest.mark.cell("detach: bit-equal")
 def test_dense_and_detached_are_bit_equal(name: str) -> None:
     expected = stock(name)
     with attach(pipeline(name), "dense") as handle:
         assert torch.equal(run(name), expected)
         report = handle.report()
     assert torch.equal(run(name), expected)
-    facts = FACTS[name]
+    facts = facts_of(name)
     assert report.grids == facts.grids
     assert report.branches == facts.branches
     assert report.calls == {"sparse": 0, "dense": facts.calls, "passed_through": 0}
@@ -128,12 +104,13 @@ def test_dense_and_detached_are_bit_equal(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.cell("sparse path at density 1")
 def test_density_one_equals_dense(name: str) -> None:
     with attach(pipeline(name), Whole(), backend="reference") as handle:
         worst = (run(name) - stock(name)).abs().max()
         assert worst <= 1e-4 * stock(name).abs().max()  # sdxl latents reach 15
         report = handle.report()
-    assert report.calls["sparse"] == FACTS[name].calls
+    assert report.calls["sparse"] == facts_of(name).calls
     assert report.density == 1.0
 
 
@@ -142,7 +119,7 @@ def test_what_a_method_returns_reaches_the_picture(name: str) -> None:
     method = build("random", {"density": 0.3, "block_size": 8})
     with attach(pipeline(name), method, backend="cpu") as handle:
         assert not torch.equal(run(name), stock(name))
-        assert handle.report().calls["sparse"] == FACTS[name].calls
+        assert handle.report().calls["sparse"] == facts_of(name).calls
 
 
 # rows of V at the first site that depend on the noise; Z-Image mixes image padding in before
@@ -178,6 +155,7 @@ TWO = ["a red circle moving left over a plain background", "a"]
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "lumina2", "mochi", "qwen_image", "z_image"])
+@pytest.mark.cell("batches, several outputs per prompt")
 def test_rows_with_prompts_of_different_length_equal_dense(name: str) -> None:
     changes: dict[str, Any] = {"prompt": TWO}
     if name == "qwen_image":
@@ -191,7 +169,7 @@ def test_rows_with_prompts_of_different_length_equal_dense(name: str) -> None:
     assert report.fallbacks == {}
     # Mochi and Lumina2 run such rows one by one
     apart = {"lumina2": 12, "mochi": 16}  # the empty negative prompts of Lumina2 are alike
-    assert report.calls["sparse"] == apart.get(name, FACTS[name].calls)
+    assert report.calls["sparse"] == apart.get(name, facts_of(name).calls)
 
 
 @pytest.mark.parametrize("name", ["hunyuan_video", "hunyuan_video15", "qwen_image"])
@@ -201,6 +179,8 @@ def test_padded_prompt_tokens_are_masked_out(name: str) -> None:
     with attach(pipeline(name), spy):
         run(name, num_inference_steps=1, **changes)
     call = spy.seen[0]
+    if OLD and name == "qwen_image" and call.key_mask is None:
+        pytest.skip("this diffusers lets Qwen-Image attend to padded prompt tokens")
     assert call.key_mask is not None
     text = call.grid.text_before
     assert call.key_mask[:, text : text + call.grid.tokens].all()
@@ -218,6 +198,11 @@ def test_the_second_attention_of_sd35_medium_sees_the_image_alone() -> None:
     assert [c.grid.text for c in spy.seen] == [32, 0, 32]
 
 
+@pytest.mark.cell(
+    "attach, dense plan: bit-equal",
+    family="sana",
+    note="refused: linear self-attention has no query-key pairs to drop",
+)
 def test_sana_says_what_it_cannot_do() -> None:
     with pytest.raises(AttachError, match="linear"):
         attach(pipeline("sana"), "dense")
@@ -333,7 +318,7 @@ def test_toy_weights_are_the_same_every_time() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_fusing_projections_while_attached_keeps_the_plan(fused: bool) -> None:
-    pipe = tiny.build("cogvideox")  # fuses by exchanging processor objects
+    pipe = build_toy("cogvideox")  # fuses by exchanging processor objects
     spy = Spy()
     originals = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
     with attach(pipe, spy):
@@ -437,50 +422,3 @@ def test_variants_of_a_family(make: Callable[[], Case]) -> None:
         assert (report.grids, report.calls["dense"], report.fallbacks) == ([grid], 2, {})
         with attach(denoiser, Whole(), backend="reference"):
             torch.testing.assert_close(denoiser(**arguments).sample, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_a_step_cache_runs_as_it_does_alone() -> None:
-    from diffusers import FirstBlockCacheConfig
-
-    pipe, spy = tiny.build("wan"), Spy()
-    arguments = {**tiny.call_arguments("wan"), "output_type": "latent"}
-
-    def generate() -> torch.Tensor:
-        latents: torch.Tensor = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
-        return latents
-
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-    alone = generate()
-    with attach(pipe, spy) as handle:
-        assert torch.equal(generate(), alone)
-        report = handle.report()
-    assert report.steps == 4  # though the cache skips the second block
-    assert report.branches == ["cond", "uncond"]
-    assert 8 <= len(spy.seen) < 16
-    assert torch.equal(generate(), alone)
-    pipe.transformer.disable_cache()
-    with attach(pipe, spy):
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
-        assert torch.equal(generate(), alone)
-    assert torch.equal(generate(), alone)
-
-
-def test_lora_comes_and_goes_while_attached() -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed: make test")
-    pipe = tiny.build("wan")
-    before = [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")]
-    arguments = {**tiny.call_arguments("wan"), "output_type": "latent", "num_inference_steps": 1}
-
-    def generate() -> torch.Tensor:
-        latents: torch.Tensor = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
-        return latents
-
-    plain = generate()
-    with attach(pipe, "dense") as handle:
-        config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
-        pipe.transformer.add_adapter(config)
-        assert not torch.equal(generate(), plain)
-        pipe.transformer.delete_adapters("default")
-        assert torch.equal(generate(), plain)
-        assert handle.report().calls["dense"] == 8
-    assert [m.processor for m in pipe.transformer.modules() if hasattr(m, "processor")] == before
