@@ -155,7 +155,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     for number, (name, place) in enumerate(zip(names, labels, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         points = [at(x, y) for x, y in sorted(series[name])]
-        thick = (3 if name == "searched plan" else 1.5) * scale
+        thick = (3 if name.startswith("searched plan") else 1.5) * scale
         draw.line(points, fill=colour, width=int(thick), joint="curve")
         for x, y in points:
             draw.ellipse([x - 3 * scale, y - 3 * scale, x + 3 * scale, y + 3 * scale], fill=colour)

@@ -64,10 +64,11 @@ def rows_of(
         Row("dense", "reference", Plan(), density),
         Row("dense, another seed", "floor", Plan(), density, seed_shift=OTHER_SEED),
     ]
-    for path in plans:
-        plan = Plan.load(path)
-        if abs(plan.measured.get("density", density) - density) <= NEAR:
-            rows.append(Row("searched plan", "searched", plan, density, path.stem))
+    loaded = [(path, Plan.load(path)) for path in plans]
+    near = [(p, x) for p, x in loaded if abs(x.measured.get("density", density) - density) <= NEAR]
+    for path, plan in near:
+        name = "searched plan" if path.stem == "plan" else f"searched plan, {path.stem}"
+        rows.append(Row(name, "searched", plan, density, path.stem))
     for name in methods:
         for warm in (0.0, WARM_UP) if warm_up and name not in ("random", "oracle") else (0.0,):
             if density - warm > 0.02:
