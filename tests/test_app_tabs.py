@@ -94,6 +94,9 @@ def test_editing_a_head_changes_the_plan(page: Any, runs: Path, tmp_path: Path) 
     page.locator("#atlas-head button[data-candidate]").first.click()
     page.locator('#atlas-grid [data-layer="2"][data-head="1"].dt-edited').wait_for()
     assert float(text_of(page, "#atlas-density")) < 1
+    page.get_by_text("The plan as a file").click()
+    assert '"method": "gna"' in text_of(page, "#atlas-summary pre")
+    page.get_by_text("The plan as a file").click()
     shot(page, "atlas-1280")
     with page.expect_download() as waiting:
         page.locator("#atlas-download").click()

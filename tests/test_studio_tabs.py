@@ -383,6 +383,7 @@ def test_a_comparison_takes_generations_and_says_what_is_wrong(
     assert "another seed" in text
     path, document = comparison.document_of(one)
     assert path.parent == one.folder
+    assert document["versions"]["torch"] == "2"
     fast = document["cases"][1]
     assert fast["speedup"]["median"] == pytest.approx(2.0)
     assert fast["bound_at_density"] == pytest.approx(1 / 0.7)
