@@ -88,7 +88,7 @@ class Guide:
         some = {name: take(value, rows, name) for name, value in kwargs.items()}
         first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         with self._perturbing(), self.watch.running(first.device):
-            perturbed = denoiser(*some_args, **some)
+            perturbed = self._compiled(denoiser)(*some_args, **some)
         if not self._hit:
             raise UnsupportedCall(
                 "no selected head made a call that can be perturbed",
@@ -101,6 +101,14 @@ class Guide:
         self._delta = (moment.step, deltas)
         whole = deltas * rows.copies if rows.is_list else [_tiled(d, rows.copies) for d in deltas]
         return tree_unflatten(_added(leaves, whole), tree)
+
+    def _compiled(self, denoiser: torch.nn.Module) -> Any:
+        """Return what the pipeline calls: hooks are not traced, but a compiled model they call is.
+
+        A denoiser compiled in place, or block by block, compiles its own calls.
+        """
+        called = getattr(self.root.runtime.clock.pipe, self.root.component, None)
+        return called if getattr(called, "_orig_mod", None) is denoiser else denoiser
 
     @contextmanager
     def _perturbing(self) -> Iterator[None]:
@@ -154,8 +162,7 @@ class GuideHook:
         """Guide one denoiser."""
         self.guide = guide
 
-    # the frame of the hook runs as plain Python, the pass it starts is compiled like the first
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
         self, denoiser: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
