@@ -67,6 +67,19 @@ def _ran(plan: Plan, layer: int, step: int) -> list[str]:
     return [names[0], names[1]]
 
 
+def _followed(plan: Plan, edit: AtlasEdit, steps: int) -> list[str]:
+    """What a plan runs on every layer, step, branch and head."""
+    heads = edit.found["heads"]
+    return [
+        f"{layer} {step} {branch} {head} {method}"
+        for layer in range(edit.found["layers"])
+        for step in range(steps)
+        for branch in ("cond", "uncond")
+        for members, method in plan.rules_for(layer, "", step, steps, heads, branch)
+        for head in members
+    ]
+
+
 def test_an_atlas_without_changes_is_a_dense_plan() -> None:
     edit = AtlasEdit.start(_atlas())
     assert plan_of(edit).rules == ()
@@ -110,6 +123,31 @@ def test_the_scope_reaches_a_layer_or_all_heads_of_a_class() -> None:
     kind = edit.with_choice(edit.reach(0, 1, 0, SCOPES[2], every_range=True), 1)
     assert [_ran(plan_of(kind), n, 0) for n in (0, 1)] == [["dense", "gna"], ["dense", "gna"]]
     assert len(plan_of(kind).rules) == 1  # layers that treat heads alike share a rule
+
+
+def test_branches_that_a_search_chose_apart_stay_apart_until_edited() -> None:
+    found = _atlas()
+    for cell in found["cells"]:
+        if (cell["layer"], cell["head"]) == (0, 0):
+            cell.update(choice=1, choices=[1, 2])
+    edit = AtlasEdit.start(found)
+    plan = plan_of(edit)
+    assert [(r.branch, r.method.name, r.steps) for r in plan.rules] == [
+        ("cond", "gna", "all"),
+        ("uncond", "radial", "all"),
+    ]
+    assert [plan.rules_for(0, "", 0, 8, 2, branch)[0][1].name for branch in ("cond", "uncond")] == [
+        "gna",
+        "radial",
+    ]
+    assert edit.density() == pytest.approx((0.2 + 0.4 + 6 * 1.0) / 8)
+    text = atlas_view.grid(edit, 0, None) + atlas_view.head(edit, 0, (0, 0))
+    assert "gna / radial" in text
+    assert re.findall(r">(cond|uncond)</b> <button", text) == ["cond", "uncond"]
+    both = edit.with_choice(edit.reach(0, 0, 0, SCOPES[0], every_range=True), 2)
+    assert [(r.branch, r.method.name) for r in plan_of(both).rules] == [("all", "radial")]
+    assert both.edited
+    assert not both.restored(sorted(both.edited)).edited
 
 
 @pytest.mark.parametrize(
@@ -445,6 +483,11 @@ def test_a_stopped_search_goes_on_where_it_was(engine: Engine, runs: RunStore) -
     held_out = Plan.load(run.path("plan")).measured["held_out"]
     assert held_out["psnr_db"] == run.facts["chosen"]["psnr_db"]
     assert {"plan", "frontier", "report", "atlas"} <= set(run.files)
+    plan, edit = Plan.load(run.path("plan")), AtlasEdit.start(read_atlas(run.path("atlas")))
+    assert plan.rules
+    assert _followed(plan_of(edit), edit, 2) == _followed(
+        plan, edit, 2
+    )  # the atlas opens as the plan
     figure = frontier_figure(
         {name: last.posted[name] for name in ("curve", "singles", "trials")}, ("density", 0.6)
     )

@@ -12,6 +12,9 @@ from dittools.plans import ModelFacts, Plan, Rule
 
 SCOPES = ("this head", "the whole layer", "every head of this class")
 EVERY = -1  # stands for all step ranges
+Pair = tuple[int, int]  # candidates of the cond and the uncond branch
+Run = tuple[int, tuple[int, ...], tuple[int, int]]  # candidate, heads, (first, last) step range
+Branch = Literal["all", "cond", "uncond"]
 _KEYS = ("layers", "heads", "ranges", "range_steps", "bands", "uniform", "candidates", "cells")
 
 
@@ -21,18 +24,19 @@ class AtlasEdit:
 
     Attributes:
         found: the atlas, as `searching.inspect.atlas` returns it.
-        choice: candidate per cell, in the order of the atlas.
+        choice: candidates of the (cond, uncond) guidance branches per cell, in the order of the
+            atlas; a search may choose them apart, an edit sets both.
         name: run it came from, for the plan's provenance.
     """
 
     found: dict[str, Any]
-    choice: tuple[int, ...]
+    choice: tuple[Pair, ...]
     name: str = ""
 
     @staticmethod
     def start(found: dict[str, Any], name: str = "") -> "AtlasEdit":
         """Return an atlas with the choices it came with."""
-        return AtlasEdit(found, tuple(cell["choice"] for cell in found["cells"]), name)
+        return AtlasEdit(found, tuple(_pair(cell) for cell in found["cells"]), name)
 
     @property
     def parts(self) -> list[int]:
@@ -43,7 +47,7 @@ class AtlasEdit:
     def edited(self) -> frozenset[int]:
         """Cells whose choice is no longer the one the atlas came with."""
         cells = self.found["cells"]
-        return frozenset(n for n, c in enumerate(self.choice) if c != cells[n]["choice"])
+        return frozenset(n for n, pair in enumerate(self.choice) if pair != _pair(cells[n]))
 
     def index(self, layer: int, head: int, part: int) -> int:
         """Return the place of a cell.
@@ -61,8 +65,9 @@ class AtlasEdit:
         """Return the mean share of query-key pairs of the choices over the run."""
         weights = self.found["range_steps"]
         pairs = [
-            (weights[cell["range"]], self.found["candidates"][choice]["density"])
-            for cell, choice in zip(self.found["cells"], self.choice, strict=True)
+            (weights[cell["range"]], self.found["candidates"][candidate]["density"])
+            for cell, pair in zip(self.found["cells"], self.choice, strict=True)
+            for candidate in pair
         ]
         return float(sum(w * d for w, d in pairs) / sum(w for w, _ in pairs))
 
@@ -101,7 +106,7 @@ class AtlasEdit:
             raise InputError(f"{known[candidate]['name']} cannot be chosen", got=reason)
         chosen = list(self.choice)
         for cell in cells:
-            chosen[cell] = candidate
+            chosen[cell] = (candidate, candidate)
         return replace(self, choice=tuple(chosen))
 
     def refusal(self, candidate: int, cells: Sequence[int]) -> str:
@@ -116,8 +121,14 @@ class AtlasEdit:
         """Return the atlas with some cells as they came."""
         chosen = list(self.choice)
         for cell in cells:
-            chosen[cell] = self.found["cells"][cell]["choice"]
+            chosen[cell] = _pair(self.found["cells"][cell])
         return replace(self, choice=tuple(chosen))
+
+
+def _pair(cell: dict[str, Any]) -> Pair:
+    """Return the candidates of a cell's branches; `choices` is there where they differ."""
+    cond, uncond = cell.get("choices") or (cell["choice"], cell["choice"])
+    return int(cond), int(uncond)
 
 
 def plan_of(edit: AtlasEdit) -> Plan:
@@ -128,10 +139,13 @@ def plan_of(edit: AtlasEdit) -> Plan:
     Raises:
         InputError: a choice the atlas came with has tensors for parameters.
     """
-    groups: dict[tuple[int, tuple[int, ...], tuple[int, int]], list[int]] = {}
+    groups: dict[tuple[Run, Branch], list[int]] = {}
     for layer in range(edit.found["layers"]):
-        for candidate, heads, span in _runs(edit, layer):
-            groups.setdefault((candidate, heads, span), []).append(layer)
+        cond, uncond = _runs(edit, layer, 0), _runs(edit, layer, 1)
+        named: list[tuple[Run, Branch]] = [(r, "all" if r in uncond else "cond") for r in cond]
+        named += [(r, "uncond") for r in uncond if r not in cond]
+        for key in named:
+            groups.setdefault(key, []).append(layer)
     everyone = edit.found["heads"]
     rules = tuple(
         Rule(
@@ -139,8 +153,11 @@ def plan_of(edit: AtlasEdit) -> Plan:
             layers=tuple(layers),
             heads="all" if len(heads) == everyone else heads,
             steps=_steps(edit, span),
+            branch=branch,
         )
-        for (candidate, heads, span), layers in sorted(groups.items(), key=lambda g: (g[1], g[0]))
+        for ((candidate, heads, span), branch), layers in sorted(
+            groups.items(), key=lambda g: (g[1], g[0])
+        )
     )
     model = edit.found["model"]
     return Plan(
@@ -150,12 +167,14 @@ def plan_of(edit: AtlasEdit) -> Plan:
     )
 
 
-def _runs(edit: AtlasEdit, layer: int) -> list[tuple[int, tuple[int, ...], tuple[int, int]]]:
-    """Return (candidate, heads, (first range, last range)) of a layer."""
-    found: list[tuple[int, tuple[int, ...], tuple[int, int]]] = []
+def _runs(edit: AtlasEdit, layer: int, branch: int) -> list[Run]:
+    """Return what runs in a layer on one branch, dense left out."""
+    found: list[Run] = []
     parts = edit.parts
     for place, part in enumerate(parts):
-        chosen = [edit.choice[edit.index(layer, h, part)] for h in range(edit.found["heads"])]
+        chosen = [
+            edit.choice[edit.index(layer, h, part)][branch] for h in range(edit.found["heads"])
+        ]
         for candidate in sorted(set(chosen) - {0}):
             heads = tuple(h for h, c in enumerate(chosen) if c == candidate)
             before = parts[place - 1] if place else None

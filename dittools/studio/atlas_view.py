@@ -39,7 +39,8 @@ def grid(edit: AtlasEdit, part: int, opened: tuple[int, int] | None) -> str:
         for head in range(found["heads"]):
             place = edit.index(layer, head, part)
             cell = found["cells"][place]
-            method = found["candidates"][edit.choice[place]]["method"]
+            methods = [found["candidates"][c]["method"] for c in edit.choice[place]]
+            method = " / ".join(dict.fromkeys(methods))
             changed = " dt-edited" if place in edited else ""
             label = f"layer {layer}, head {head}: {cell['class']}, runs {method}"
             cells.append(
@@ -94,7 +95,7 @@ def _candidates(edit: AtlasEdit, place: int) -> str:
         key=lambda i: (errors[i] is None, errors[i] if errors[i] is not None else 0.0, i),
     )
     rows = {i: _candidate(edit, place, i) for i in order}
-    top = [chosen, *(i for i in order if i != chosen)][:SHOWN]
+    top = list(dict.fromkeys([*chosen, *order]))[:SHOWN]
     rest = [i for i in order if i not in top]
     head = (
         '<thead><tr><th scope="col">choice</th><th scope="col">error</th>'
@@ -120,9 +121,9 @@ def _candidates(edit: AtlasEdit, place: int) -> str:
 
 def _candidate(edit: AtlasEdit, place: int, number: int) -> str:
     entry, cell = edit.found["candidates"][number], edit.found["cells"][place]
-    error, is_chosen = cell["error"][number], edit.choice[place] == number
-    reason = edit.refusal(number, [place])
-    if is_chosen:
+    error, chosen = cell["error"][number], edit.choice[place]
+    reason, is_chosen = edit.refusal(number, [place]), number in chosen
+    if chosen == (number, number):
         button = '<b class="dt-chosen">chosen</b>'
     elif reason:
         button = f'<span class="dt-quiet" title="{escape(reason)}">not here</span>'
@@ -131,6 +132,9 @@ def _candidate(edit: AtlasEdit, place: int, number: int) -> str:
             f'<button type="button" class="dt-small" data-candidate="{number}" '
             f'aria-label="choose {escape(entry["name"])}">choose</button>'
         )
+    if is_chosen and chosen[0] != chosen[1]:  # guidance branches differ; a click sets both
+        branch = ("cond", "uncond")[chosen.index(number)]
+        button = f'<b class="dt-chosen">{branch}</b> {button}'
     branches = " / ".join(
         "-" if row[number] is None else f"{row[number]:.3f}" for row in cell["branches"]
     )
