@@ -233,10 +233,18 @@ def test_history_opens_what_was_finished_and_tells_damage(tmp_path: Path) -> Non
         again.open(made.id)
 
 
-@pytest.mark.parametrize("name", ["../etc", "", "20260101-000000-0000000g", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "", ".", "20260101-000000-0000000g", "{absolute}"]
+)
 def test_history_opens_nothing_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    store, other = RunStore(tmp_path / "runs"), RunStore(tmp_path)
+    folder = other.begin()
+    other.finish(folder, "search", "x", {}, {})
+    for place in (tmp_path / "elsewhere", store.root, store.root / "20260101-000000-0000000g"):
+        place.mkdir(exist_ok=True)
+        (place / "run.json").write_text((folder / "run.json").read_text())
     with pytest.raises(InputError, match="no such run"):
-        RunStore(tmp_path).open(name)
+        store.open(name.format(absolute=folder))
 
 
 def test_a_run_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
