@@ -48,7 +48,7 @@ FACTS = {
     "z_image": Facts(["1x8x12 + 32 text"], [""], 4),
     "lumina2": Facts(["1x4x6 + 1 text", "1x4x6 + 11 text"], ["cond", "uncond"], 8),
     "sd": Facts(["1x16x24", "1x8x12"], [""], 21, 3),  # PNDM evaluates once more
-    "sdxl": Facts(["1x16x24", "1x8x12"], [""], 22),
+    "sdxl": Facts(["1x8x12"], [""], 16),
 }
 # larger where the stock toy size leaves too few tokens for two blocks
 SIZES: dict[str, dict[str, int]] = {

@@ -174,7 +174,7 @@ def test_a_query_that_is_not_rotated_is_left_alone_and_others_are_refused() -> N
 
     vectors = torch.randn(1, 4, 2, 8)
     assert torch.equal(turn(vectors, centre_phases(plain, plain, mean)), vectors)
-    with pytest.raises(dittools.errors.UnsupportedCall, match="cannot follow"):
+    with pytest.raises(dittools.errors.UnsupportedCall, match="agent cannot follow"):
         centre_phases(plain, torch.randn_like(plain), mean)
 
 

@@ -48,7 +48,7 @@ def centre_phases(
     kind = min(errors, key=lambda k: errors[k])
     if before.shape[-1] % 2 or not errors[kind] <= _TOLERANCE:
         raise UnsupportedCall(
-            "this model turns its queries in a way that agents cannot follow",
+            "agent cannot follow how this model turns its queries",
             expected="rotary position embedding over pairs of channels",
         )
     x, y = _pairs(before, kind)

@@ -1,5 +1,6 @@
 """Attaching to stock diffusers pipelines: `attach`, `detach`, and the open table of families."""
 
+from dittools.patches import families as _package  # noqa: F401 - bound before the function is
 from dittools.patches.adapters import Family, Layout, families, register_family
 from dittools.patches.attach import Attachment, attach, detach
 from dittools.patches.report import LayerReport, Report

@@ -39,6 +39,7 @@ class StepClock:
         self._last_value: float | None = None
         self._direction = 0.0
         self._step = -1
+        self._begin = 0
 
     @property
     def pipe(self) -> Any:
@@ -60,11 +61,13 @@ class StepClock:
         # set_timesteps makes a new tensor: that is what marks a run of one step as a new one
         is_new = timesteps is not self._timesteps
         self._timesteps = timesteps
-        begin = getattr(scheduler, "_begin_index", None) or 0
         if is_new:
             self._step = -1
             self._last_value = None
+            self._begin = _first_index(scheduler, timesteps, timestep)
+        begin = self._begin
         step = self._by_scheduler(scheduler, timesteps, begin, timestep)
+        step = min(step, max(len(timesteps) - begin - 1, 0))  # a forward after the end of a run
         is_new = is_new or step < self._step
         self._step = step
         return Place(step, len(timesteps) - begin, is_new)
@@ -101,6 +104,19 @@ class StepClock:
         self._direction = direction
         self._step += 1
         return Place(self._step, 0, False)
+
+
+def _first_index(scheduler: Any, timesteps: Any, timestep: Any) -> int:
+    """Return where in the schedule a run begins: later than 0 when it starts from a picture.
+
+    Most pipelines tell the scheduler; the others start at the first timestep they ask for.
+    """
+    begin = getattr(scheduler, "_begin_index", None)
+    if begin is not None or not hasattr(scheduler, "_step_index"):
+        return int(begin or 0)
+    values = _values(timesteps)
+    value = _first_value(timestep)
+    return values.index(value) if value in values else 0
 
 
 def _first_value(timestep: Any) -> float | None:
