@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dittools.commands import bench, calibrate, forecast, freeswim, inspect, quality, search
+from dittools.commands import (
+    bench,
+    calibrate,
+    forecast,
+    freeswim,
+    highres,
+    inspect,
+    quality,
+    search,
+)
 from dittools.commands.terminal import (
     Json,
     console,
@@ -280,3 +289,4 @@ app.command()(calibrate.calibrate)
 app.command()(forecast.forecast)
 app.command()(inspect.inspect)
 app.command()(freeswim.freeswim)
+app.command()(highres.highres)

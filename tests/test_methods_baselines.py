@@ -10,6 +10,7 @@ from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
 from dittools.mask import BlockMask
+from dittools.methods.bands import band_width, exact_half_width
 from dittools.methods.curves import block_order
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.random_blocks import RandomBlocks
@@ -61,6 +62,78 @@ def test_svg_runs_the_bands_it_tested(text: tuple[int, int]) -> None:
         )
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         torch.testing.assert_close(out[:, :, head], expected[:, 0], atol=3e-6, rtol=1e-5)
+
+
+EXACT = [
+    TokenGrid(4, 6, 7),
+    TokenGrid(6, 9, 11, 5, 9),
+    TokenGrid(3, 16, 16, 0, 37),
+    TokenGrid(1, 9, 11, 5, 3),
+    TokenGrid(9, 12, 8),
+]
+
+
+@pytest.mark.parametrize("band", ["ceil", "floor"])
+@pytest.mark.parametrize("grid", EXACT, ids=str)
+@pytest.mark.parametrize("block_size", [16, 40, 128])
+def test_svgs_exact_bands_are_the_authors_token_by_token(
+    grid: TokenGrid, block_size: int, band: str
+) -> None:
+    token = torch.arange(grid.total)
+    for density, sink in ((0.1, False), (0.5, True), (0.8, False), (1.0, True)):
+        video = max(density - 2 * grid.text / grid.total, 0)
+        width = grid.total * (1 - math.sqrt(1 - video)) / 128
+        apart = (token[:, None] - token).abs()
+        seen = apart <= 128 * math.ceil(width) if band == "ceil" else apart < 128 * int(width)
+        seen = seen | (apart == 0) | (token >= grid.tokens) | (token >= grid.tokens)[:, None]
+        if sink:
+            seen = seen | (token < grid.tokens_per_frame)
+        method = SVG(density=density, sink=sink, block_size=block_size, band=band)
+        for mask, by_position in zip(method.masks(grid), (False, True), strict=True):
+            inner = token[: grid.tokens]
+            if by_position:
+                inner = inner.view(grid.frames, -1).t().reshape(-1)
+            ends = token[: grid.text_before], token[grid.text_before + grid.tokens :]
+            here = torch.cat((inner + grid.text_before, *ends))
+            want = torch.zeros_like(seen)
+            want[here[:, None], here] = seen
+            assert torch.equal(mask.to_dense()[0], want)
+            if mask.tiles is not None:  # whole blocks count a ragged tail whole
+                assert mask.density == pytest.approx(float(want.double().mean()))
+            some = torch.tensor([grid.text_before, grid.text_before + grid.tokens - 1])
+            assert torch.equal(_rows_of(mask, some), want[some])
+
+
+@pytest.mark.parametrize(
+    ("grid", "density", "frames"),
+    [
+        (TokenGrid(21, 45, 80), 0.25, 2.8134665),
+        (TokenGrid(21, 45, 80), 0.30, 3.4301394),
+        (TokenGrid(33, 45, 80, 0, 256), 0.25, 4.3486941),
+    ],
+)
+def test_svgs_widths_are_the_published_ones(grid: TokenGrid, density: float, frames: float) -> None:
+    width = band_width(density, grid.total, grid.text)
+    assert width / grid.tokens_per_frame == pytest.approx(frames, abs=5e-7)
+    up, down = (exact_half_width(grid, density, rounding) for rounding in ("ceil", "floor"))
+    assert up % 128 == 0
+    assert up - 128 < width <= up
+    assert (down + 1) % 128 == 0
+    assert down + 1 <= width < down + 129
+
+
+def test_svg_runs_its_exact_bands() -> None:
+    grid = TokenGrid(6, 9, 11, 5, 9)
+    method, call = SVG(density=0.5, block_size=64, band="ceil"), random_call(grid)
+    kind = method.temporal_heads(call)
+    out = method.attend(call, BACKEND)
+    for head in range(2):
+        allowed = method.masks(grid)[int(kind[head])].to_dense()
+        q, k, v = (
+            x[:, :, head : head + 1].transpose(1, 2) for x in (call.query, call.key, call.value)
+        )
+        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        torch.testing.assert_close(out[:, :, head], want[:, 0], atol=3e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sink", [False, True])

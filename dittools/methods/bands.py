@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from dittools.grid import TokenGrid
-from dittools.mask import BlockMask
+from dittools.mask import BlockMask, pack_bits
 from dittools.order import TokenOrder
 
 
@@ -66,6 +66,74 @@ def band_mask(
     counts = torch.bincount(apart[~forced], minlength=len(forced)).cumsum(0) + forced.sum()
     half = int((counts - density * forced.numel()).abs().argmin())
     return _mask(grid, forced | (apart <= half), block_size, by_position)
+
+
+def exact_half_width(grid: TokenGrid, density: float, rounding: str) -> int:
+    """Return the largest |q - k| the authors' token band keeps, in tokens.
+
+    Args:
+        grid: geometry of the sequence.
+        density: share of the map to keep, text included.
+        rounding: "ceil" to 128 tokens, itself kept (their Wan code), or "floor", itself left out
+            (HunyuanVideo).
+    """
+    width = band_width(density, grid.total, grid.text)
+    if rounding == "ceil":
+        return math.ceil(width / 128) * 128
+    return max(math.floor(width / 128) * 128 - 1, 0)  # a token always sees itself
+
+
+@lru_cache(maxsize=32)
+def exact_band_mask(
+    grid: TokenGrid, density: float, block_size: int, by_position: bool, sink: bool, rounding: str
+) -> BlockMask:
+    """Return the authors' band, exact to the token; arguments as of `band_mask`.
+
+    Source: svg-project/Sparse-VideoGen. What a block keeps depends on its distance to the diagonal,
+    unless the edge of the first frame or of the text runs through it; one bit tile per kind.
+    """
+    half, blocks = exact_half_width(grid, density, rounding), grid.blocks(block_size)
+    sunk = grid.tokens_per_frame if sink else 0
+    first = torch.arange(blocks) * block_size
+    apart = ((first[:, None] - first) // block_size).abs() - half // block_size
+    band = torch.where((apart >= -2) & (apart <= 2), first[:, None] - first, 4 * grid.total)
+    band[apart > 2] = -4 * grid.total
+    kind = _kinds(first, block_size, grid, sunk)
+    code = torch.stack((band, kind[:, None].expand_as(band), kind.expand_as(band)), -1)
+    codes, number = torch.unique(code.view(-1, 3), dim=0, return_inverse=True)
+    place = torch.zeros(len(codes), dtype=torch.long)
+    place[number] = torch.arange(len(number))  # any block of each kind stands for all of it
+    row = first[place // blocks, None, None] + torch.arange(block_size)[:, None]
+    column = first[place % blocks, None, None] + torch.arange(block_size)
+    video = grid.tokens
+    near = ((row - column).abs() <= half) | (column < sunk) | (row >= video) | (column >= video)
+    real = (row < grid.total) & (column < grid.total)
+    kept = near & real
+    some, whole = kept.flatten(1).any(1), (kept | ~real).flatten(1).all(1)
+    cut = some & ~whole
+    index = torch.where(cut, cut.cumsum(0) - 1, -1).int()[number].view(1, blocks, blocks)
+    return BlockMask(
+        some[number].view(1, blocks, blocks),
+        block_size,
+        tile_index=index if bool(cut.any()) else None,
+        tiles=pack_bits(kept[cut]) if bool(cut.any()) else None,
+        order=text_last_order(grid, by_position),
+        q_tokens=grid.total,
+        kv_tokens=grid.total,
+    )
+
+
+def _kinds(first: torch.Tensor, block_size: int, grid: TokenGrid, sunk: int) -> torch.Tensor:
+    """Return int64 [blocks]: equal where no edge tells two blocks apart.
+
+    The edges are those of the first frame, of the text and of the sequence.
+    """
+    edges = torch.tensor([sunk, grid.tokens, grid.total])
+    return (
+        ((first[:, None] - edges).clamp(-block_size, 0))
+        .mul(torch.tensor([1, 4096, 4096**2]))
+        .sum(1)
+    )
 
 
 @lru_cache(maxsize=32)

@@ -72,7 +72,7 @@ def load_clear(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> ClearW
             expected=str(tuple(own[wrong[0]].shape)),
             got=str(tuple(given[wrong[0]].shape)),
         )
-    handle = ClearWeights(_in_order(spatial), module)
+    handle = ClearWeights(spatial_weights(spatial), module)
     with torch.no_grad():
         for name, tensor in given.items():
             handle._saved[name] = own[name].detach().clone()
@@ -80,12 +80,14 @@ def load_clear(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> ClearW
     return handle
 
 
-def _in_order(spatial: Mapping[str, torch.Tensor]) -> list[tuple[float, ...]]:
-    """Sort cell weights by execution: double-stream blocks first, then single-stream ones."""
+def spatial_weights(weights: Mapping[str, torch.Tensor]) -> list[tuple[float, ...]]:
+    """Return the cell weights of a state dict by execution, double-stream blocks first; [] if none.
 
+    Each is in raster order, the `spatial_weights` of the Clear method on that layer.
+    """
     places = [
         (found[1].startswith("single"), int(found[2]), name)
-        for name in spatial
+        for name in weights
         if (found := _SPATIAL.search(name))
     ]
-    return [tuple(spatial[name].flatten().tolist()) for _, _, name in sorted(places)]
+    return [tuple(weights[name].flatten().tolist()) for _, _, name in sorted(places)]

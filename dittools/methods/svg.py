@@ -2,6 +2,8 @@
 
 Source: arXiv:2502.01776 and svg-project/Sparse-VideoGen. A few sampled queries are run in full and
 under two block bands, one in frame order and one in position order; the nearer one is used.
+With `band` "ceil" or "floor" the
+bands are the authors', exact to the token; else whole blocks, as near to the density as these come.
 Differences: queries are sampled over the whole clip (the authors' code samples its first 10,000
 tokens) and are tested under the bands that are then run (it tests a fixed width). Baseline.
 """
@@ -14,8 +16,8 @@ import torch
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
-from dittools.mask import BlockMask
-from dittools.methods.bands import band_mask
+from dittools.mask import BlockMask, unpack_bits
+from dittools.methods.bands import band_mask, exact_band_mask
 from dittools.methods.base import attend_masked, attend_per_item, check_params, param
 
 
@@ -28,6 +30,12 @@ class SVG:
     rows: int = param(64, "the queries tried under both bands", least=1)
     sink: bool = param(
         True, "whether every query also sees the first slots of the order, as many as a frame has"
+    )
+    band: str = param(
+        "blocks",
+        "the edge of the band: whole blocks, or exact to the token, its width rounded to 128 "
+        "tokens up ('ceil', the authors on Wan) or down ('floor', on HunyuanVideo)",
+        choices=("blocks", "ceil", "floor"),
     )
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
 
@@ -43,6 +51,9 @@ class SVG:
     def masks(self, grid: TokenGrid) -> tuple[BlockMask, BlockMask]:
         """Return the spatial (frame order) and the temporal (position order) mask; cached."""
         args = (grid, self.density, self.block_size)
+        if self.band != "blocks":
+            exact = (self.sink, self.band)
+            return exact_band_mask(*args, False, *exact), exact_band_mask(*args, True, *exact)
         return band_mask(*args, False, self.sink), band_mask(*args, True, self.sink)
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
@@ -83,8 +94,15 @@ class SVG:
 
 
 def _rows_of(mask: BlockMask, tokens: torch.Tensor) -> torch.Tensor:
-    """Return bool [n, S]: the keys each of n queries sees under a mask of whole blocks."""
+    """Return bool [n, S]: the keys each of n queries sees under a mask."""
     slot = tokens if mask.order is None else mask.order.inverse[0, tokens]
-    kept = mask.keep[0, slot // mask.q_block].repeat_interleave(mask.kv_block, dim=1)
+    block = slot // mask.q_block
+    kept = mask.keep[0, block].repeat_interleave(mask.kv_block, dim=1)
+    if mask.tiles is not None and mask.tile_index is not None:
+        tile = mask.tile_index[0, block].long()  # [n, key blocks]
+        bits = unpack_bits(
+            mask.tiles[tile.clamp(min=0), (slot % mask.q_block)[:, None]], mask.kv_block
+        )
+        kept &= (bits | (tile < 0)[..., None]).flatten(1)
     total = mask.kv_tokens
     return kept[:, :total] if mask.order is None else kept[:, mask.order.inverse[0]]

@@ -24,7 +24,8 @@ from dittools.patches.lanes import LaneSettings, check_lanes, lane_plan
 from dittools.patches.refining import Refining
 from dittools.pipelines.generate import Settings
 from dittools.pipelines.output import Frames
-from dittools.pipelines.refine import Job, Refined, Step
+from dittools.pipelines.refine import Job, Refined
+from dittools.pipelines.tail import Step
 from dittools.plans import Plan
 
 MODES = ("override", "window")

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
@@ -18,10 +16,18 @@ from dittools.patches.lanes import Lanes, LaneSettings, text_sites
 from dittools.patches.refining import Refining
 from dittools.pipelines.generate import Settings, generate
 from dittools.pipelines.output import Frames
-from dittools.pipelines.tail import Scouted, add_noise, scout, standing_in, tail_of
+from dittools.pipelines.tail import (
+    Scouted,
+    Step,
+    add_noise,
+    enlarged,
+    fresh_noise,
+    scout,
+    standing_in,
+    tail_of,
+    told,
+)
 from dittools.plans import Plan
-
-Step = Callable[[str, int, int], None]  # (what, steps done, steps in all)
 
 
 @dataclass(frozen=True)
@@ -81,14 +87,14 @@ class Job:
         note(_sentence(report))
         extra = {**self.arguments, **({} if generator is None else {"generator": generator})}
         if clip is None:
-            made = generate(pipe, base, _named(progress, "native size"), extra)
+            made = generate(pipe, base, told(progress, "native size"), extra)
             clip, seconds["native"] = made.frames, made.seconds
         start = time.perf_counter()
         clean = self._encode(clip)
-        extra["latents"] = add_noise(twin, clean, _noise(clean, base.seed, generator))
+        extra["latents"] = add_noise(twin, clean, fresh_noise(clean, base.seed, generator))
         seconds["upscale_encode"] = time.perf_counter() - start
         with standing_in(pipe, twin), Lanes(pipe, self.lanes) as lanes:
-            made = generate(pipe, target, _named(progress, "target size", seen.steps), extra)
+            made = generate(pipe, target, told(progress, "target size", seen.steps), extra)
             found = lanes.reports()
             report["lanes"] = {name: r.to_dict() for name, r in found.items()}
             report["refresh_steps"] = lanes.refreshes
@@ -145,14 +151,9 @@ class Job:
 
     def _encode(self, clip: Frames) -> torch.Tensor:
         """Return the latents of a clip enlarged to the target size, edges repeated up to it."""
-        pixels = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
-        pixels = F.interpolate(pixels, self.wanted, mode="bilinear", align_corners=False)
-        (tall, wide), (height, width) = self.padded, self.wanted
-        pixels = F.pad(pixels, (0, wide - width, 0, tall - height), mode="replicate")
+        pixels = enlarged(clip, self.wanted, self.padded)
         with torch.no_grad():
-            latents = self.facts.encode(
-                self.pipe, (pixels * 2 - 1).transpose(0, 1)[None].to(self.pipe._execution_device)
-            )
+            latents = self.facts.encode(self.pipe, pixels.to(self.pipe._execution_device))
         if not bool(latents.isfinite().all()):
             raise InputError("the encoder returned NaN or infinity", remedy="a VAE in float32")
         return latents
@@ -193,19 +194,3 @@ def _sentence(report: dict[str, Any]) -> str:
         where = report["cache_device"] or "the model's device"
         parts.append(f"text cache {report['cache_bytes'] / 1e9:.3g} GB on {where}")
     return "; ".join(parts)
-
-
-def _named(progress: Step | None, what: str, total: int | None = None) -> Any:
-    if progress is None:
-        return None
-    return lambda done, whole: progress(what, done, total or whole)
-
-
-def _noise(like: torch.Tensor, seed: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Return fresh noise, drawn on the generator's device so that it is the same everywhere."""
-    if generator is None:
-        first = torch.Generator().manual_seed(seed)
-        fresh = int(torch.randint(2**62, (1,), generator=first))
-        generator = torch.Generator().manual_seed(fresh)
-    noise = torch.randn(like.shape, generator=generator, device=generator.device)
-    return noise.to(like)

@@ -2,31 +2,43 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from dittools.errors import AttachError, InputError
 from dittools.grid import TokenGrid
 from dittools.patches.attach import Target
 from dittools.pipelines.generate import Settings, generate
+from dittools.pipelines.output import Frames
+
+Step = Callable[[str, int, int], None]  # (what, steps done, steps in all)
 
 
-def tail_of(scheduler: Any, steps: int, strength: float, shift: float | None) -> tuple[Any, int]:
+def tail_of(
+    scheduler: Any, steps: int, strength: float, shift: float | None, *, round_up: bool = False
+) -> tuple[Any, int]:
     """Return a scheduler that only runs the last part of its schedule, and the first step it runs.
 
     Args:
         scheduler: of the pipeline; left alone, the result is another of its kind.
         steps: of the whole schedule.
-        strength: share of the schedule that runs, rounded as diffusers rounds it.
+        strength: share of the schedule that runs, in whole steps as diffusers rounds it.
         shift: of flow-matching sigmas, None for the scheduler's own.
+        round_up: a part of a step runs whole, as in diffusers' Flux pipelines; its video pipelines
+            leave it out.
     Raises:
         InputError: no step is left, or the scheduler has no shift.
     """
-    first = steps - min(int(steps * strength), steps)
+    if round_up:
+        first = int(max(steps - steps * strength, 0))
+    else:
+        first = steps - min(int(steps * strength), steps)
     if first == steps:
         raise InputError(
             "strength leaves no step to run",
@@ -79,6 +91,47 @@ def add_noise(scheduler: Any, latents: torch.Tensor, noise: torch.Tensor) -> tor
     else:
         noisy = scheduler.scale_noise(latents, start, noise)
     return noisy
+
+
+def fresh_noise(like: torch.Tensor, seed: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Return noise that the first stage did not use, drawn on the generator's device.
+
+    It is the same on every device; without a generator a seed drawn from `seed` starts one.
+    """
+    if generator is None:
+        first = torch.Generator().manual_seed(seed)
+        fresh = int(torch.randint(2**62, (1,), generator=first))
+        generator = torch.Generator().manual_seed(fresh)
+    noise = torch.randn(like.shape, generator=generator, device=generator.device)
+    return noise.to(like)
+
+
+def enlarged(
+    clip: Frames, wanted: tuple[int, int], padded: tuple[int, int], *, bicubic: bool = False
+) -> torch.Tensor:
+    """Return [1, 3, F, H, W] in -1..1: a clip at the wanted size, its edge repeated up to `padded`.
+
+    Args:
+        clip: [F, h, w, 3] in 0..1.
+        wanted: (height, width) to enlarge to.
+        padded: (H, W), no smaller.
+        bicubic: with the filter of Pillow's resize; else bilinear.
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(clip)).permute(0, 3, 1, 2)
+    if bicubic:  # with antialias torch uses Pillow's coefficients
+        pixels = F.interpolate(pixels, wanted, mode="bicubic", antialias=True).clamp(0, 1)
+    else:
+        pixels = F.interpolate(pixels, wanted, mode="bilinear", align_corners=False)
+    below, right = padded[0] - wanted[0], padded[1] - wanted[1]
+    pixels = F.pad(pixels, (0, right, 0, below), mode="replicate")
+    return (pixels * 2 - 1).transpose(0, 1)[None]
+
+
+def told(progress: Step | None, what: str, total: int | None = None) -> Any:
+    """Return a callback for one stage's steps, None without `progress`."""
+    if progress is None:
+        return None
+    return lambda done, whole: progress(what, done, total or whole)
 
 
 @dataclass(frozen=True)
