@@ -5,8 +5,9 @@
 Choosing is all that a call does outside of the backend, which here returns at once. Dense attention
 is timed in turn with it, so that a busy machine disturbs both alike; the ratio is that of the
 medians. "first" is the first sparse step of a run, "later" one before its half and "late" one after
-it. "asked" is what the call wants of the backend, in dense calls: above 1 where a method tries
-patterns out, which then counts as choosing too.
+it. Methods that change from layer to layer give the mean of a cycle. "asked" is what the call wants
+of the backend, in dense calls: above 1 where a method tries patterns out, which then counts as
+choosing too.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from dittools.methods import METHODS, GridMethod, Method, build
 
 CHOOSES = {"sparse_vdit"}  # offers masks by grid too, but picks among them by query and key
 NOT_FOR_USE = {"dense", "random", "oracle"}
+LAYERS = {"vmoba": (0, 1, 2)}  # its blocks cycle over the layers; the mean of a cycle is told
 STEPS = {"first": 0, "later": 1, "late": 8}  # of 10
 
 
@@ -47,17 +49,17 @@ class Nothing:
         return False
 
     def dense(self, call: AttentionCall) -> torch.Tensor:
-        """Return zeros."""
+        """Return memory as it comes: writing to it would count as choosing."""
         self.asked += call.head_count
-        return torch.zeros_like(call.query)
+        return torch.empty_like(call.query)
 
     def block_sparse(
         self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Return zeros."""
+        """Return memory as it comes: writing to it would count as choosing."""
         pairs = call.query.shape[1] * call.key.shape[1] / call.grid.total**2
         self.asked += mask.computed * call.head_count * pairs
-        out = torch.zeros_like(call.query)
+        out = torch.empty_like(call.query)
         return (out, out[..., 0].float()) if return_lse else out
 
 
@@ -78,17 +80,20 @@ def measure(
     across = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     times: dict[str, list[float]] = {"dense": [], **{name: [] for name in STEPS}}
     asked: dict[str, float] = {}
+    layers = LAYERS.get(method.name, (1,))
     reasons = method.not_supported(AttentionCall(q, k, v, grid))
     if reasons:
         return {"method": method.name, "refused": ", ".join(reasons)}
     for turn in range(rounds + 1):  # the first one warms caches of the grid
-        memory: dict[str, object] = {}
+        memories: dict[int, dict[str, object]] = {layer: {} for layer in layers}
         found = {"dense": cpu_seconds(lambda: F.scaled_dot_product_attention(*across))}
         for name, step in STEPS.items():
-            call = AttentionCall(q, k, v, grid, layer=1, step=step, steps=10, memory=memory)
-            backend = Nothing()
-            found[name] = cpu_seconds(lambda c=call, b=backend: method.attend(c, b))  # type: ignore[misc]
-            asked[name] = backend.asked / heads
+            backend, spent = Nothing(), 0.0
+            for layer, memory in memories.items():
+                call = AttentionCall(q, k, v, grid, layer=layer, step=step, steps=10, memory=memory)
+                spent += cpu_seconds(lambda c=call, b=backend: method.attend(c, b))  # type: ignore[misc]
+            found[name] = spent / len(layers)
+            asked[name] = backend.asked / heads / len(layers)
         if turn:
             for name, seconds in found.items():
                 times[name].append(seconds)
