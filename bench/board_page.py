@@ -46,6 +46,8 @@ the clip, though theirs may still be a good one. `random` keeps random blocks: a
 it. `oracle` keeps each row's heaviest blocks, known by computing all of attention: the ceiling of
 choosing one number of whole 32-token blocks for all rows and heads. It is no bound for methods that
 put dropped blocks back as means (psa, rectified) or spend unequally over heads and steps (plans).
+A searched plan is what `dittools search` found on two calibration prompts that are not on the
+board either ([plans](plans)); it mixes methods and spends its density where errors hurt most.
 """
 MEANING = """## What the ranking means, and what it does not
 
@@ -66,7 +68,8 @@ MEANING = """## What the ranking means, and what it does not
 
 def page(content: dict[str, Any], short: bool = False) -> str:
     """Return the page; `short` leaves out what is not a table."""
-    tables = [_table(float(d), lines) for d, lines in sorted(content["densities"].items())]
+    names = content.get("methods", [])
+    tables = [_table(float(d), lines, names) for d, lines in sorted(content["densities"].items())]
     if short:
         return "\n".join(tables)
     grid = " x ".join(map(str, content["grid"]))
@@ -84,8 +87,11 @@ def _order(line: dict[str, Any], density: float) -> tuple[bool, bool, float]:
     return (not is_matched(line, density) and not is_floor, is_floor, -line["psnr_db"])
 
 
-def _table(density: float, lines: list[dict[str, Any]]) -> str:
-    """Return one density as a Markdown table, best first, rows of another density last."""
+def _table(density: float, lines: list[dict[str, Any]], methods: list[str]) -> str:
+    """Return one density as a Markdown table, best first, rows of another density last.
+
+    Methods without a row are named below it.
+    """
     counts = sorted({line["prompts"] for line in lines})
     prompts = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     text = [
@@ -96,6 +102,9 @@ def _table(density: float, lines: list[dict[str, Any]]) -> str:
     ]
     for line in sorted(lines, key=lambda row: _order(row, density)):
         text.append(_row(line, density, counts[-1]))
+    missing = [name for name in methods if name not in {line["name"] for line in lines}]
+    if missing:
+        text += ["", f"Not measured at this density: {', '.join(missing)}."]
     return "\n".join([*text, ""])
 
 

@@ -33,6 +33,7 @@ from dittools.searching.store import Store, read_prompts
 WARM_UP = 1 / 6  # of the steps
 CALIBRATION = Path(__file__).parent / "search_prompts.txt"
 OTHER_SEED = 7919
+OTHER_SIZES = ("freeswim",)  # made for sizes beyond the training size, not for saving pairs
 
 
 def settings_of(count: int) -> list[Settings]:
@@ -177,6 +178,7 @@ def main() -> None:
     content: dict[str, Any] = {
         "grid": list(DEMO_GRID.shape),
         "steps": settings[0].steps,
+        "methods": [name for name in all_methods() if name not in OTHER_SIZES],
         "prompts": [{"prompt": s.prompt, "seed": s.seed} for s in settings],
         "densities": {},
     }
