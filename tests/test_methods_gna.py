@@ -1,11 +1,13 @@
 """Neighborhood attention against its formula token by token, and the published simulator tables."""
 
+import json
 from itertools import product
 
 import pytest
 import torch
 
 from dittools.call import AttentionCall
+from dittools.cli import main
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
@@ -349,3 +351,40 @@ def test_bad_parameters_are_refused_by_name(params: dict) -> None:
         STA(window=(3, 3, 0))
     with pytest.raises(InputError, match="gna simulator: stride is not usable"):
         gna_simulate(FLUX, (1, 80, 80), (0, 1, 1), (1, 8, 8), (1, 8, 8))
+
+
+def test_forecast_lists_the_perfect_strides(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["forecast", "--grid", "30,48,80", "--gna-window", "18,24,24", "--json"])
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stride_1"]["speedup"] == pytest.approx(3.27, abs=0.005)
+    assert not found["stride_1"]["perfect"]
+    perfect = {tuple(row["stride"]): row for row in found["perfect"]}
+    assert perfect[16, 8, 8]["speedup"] == pytest.approx(11.11, abs=0.005)
+    assert (1, 8, 8) not in perfect
+    with pytest.raises(SystemExit) as ended:
+        main(["forecast", "--grid", "16,44,80", "--gna-window", "full,0.73,48"])
+    assert ended.value.code == 0
+    assert "1x1x1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--gna-window", "18,24,24"], "strides are found on a grid"),
+        (["--gna-window", "18,24", "--grid", "30,48,80"], "--gna-window is not usable"),
+        (["--gna-window", "18,1.5,24", "--grid", "30,48,80"], "--gna-window is not usable"),
+        (["--gna-window", "18,x,24", "--grid", "30,48,80"], "--gna-window is not usable"),
+        (["--gna-window", "18,24,24", "--grid", "30,48"], "--grid is not usable"),
+        (["--gna-window", "18,24,24", "--grid", "3,4,5", "--method", "gna"], "without a plan"),
+    ],
+)
+def test_unreadable_strides_are_one_line(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["forecast", *words])
+    assert ended.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert text in said

@@ -35,6 +35,18 @@ def forecast(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the options and the plan, measure nothing.")
     ] = False,
+    gna_window: Annotated[
+        str | None,
+        typer.Option(help="List strides that cut no tile for this window, e.g. 18,24,24."),
+    ] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="With --gna-window: frames,height,width in tokens.")
+    ] = None,
+    gna_tile: Annotated[str, typer.Option(help="With --gna-window: key tile in tokens.")] = "2,8,8",
+    gna_tile_q: Annotated[
+        str, typer.Option(help="With --gna-window: query tile in tokens.")
+    ] = "4,8,8",
+    gna_text: Annotated[int, typer.Option(min=0, help="With --gna-window: text tokens.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Predict density, attention share, Amdahl's bound and speed-up of a plan, layer by layer.
@@ -43,7 +55,18 @@ def forecast(
 
     Example: dittools forecast --model config.json --method radial --frames 81 --height 720
     --width 1280
+
+    Example: dittools forecast --grid 30,48,80 --gna-window 18,24,24
     """
+    if gna_window is not None:
+        if plan is not None or method is not None:
+            raise InputError(
+                "strides are found without a plan", remedy="leave --plan, --method out"
+            )
+        from dittools.commands.strides import show_strides
+
+        show_strides(grid, gna_window, gna_tile_q, gna_tile, gna_text, as_json)
+        return
     from dittools.commands.terminal import console, pairs
     from dittools.methods import build
     from dittools.plans import Plan
