@@ -44,8 +44,9 @@ than {near} from the density is marked. All blocks hold 32 tokens.
 `dense, another seed` is what PSNR says of another clip of the same prompt: rows near it have lost
 the clip, though theirs may still be a good one. `random` keeps random blocks: a method must beat
 it. `oracle` keeps each row's heaviest blocks, known by computing all of attention: the ceiling of
-choosing one number of whole 32-token blocks for all rows and heads. It is no bound for methods that
-put dropped blocks back as means (psa, rectified) or spend unequally over heads and steps (plans).
+choosing the same number of whole 32-token blocks for every row and head. It is no bound for methods
+that reorder tokens per head or let concentrated heads keep less (paro), put dropped blocks back as
+means (psa, rectified), or spend unequally over heads and steps (plans).
 A searched plan is what `dittools search` found on two calibration prompts that are not on the
 board either ([plans](plans)); it mixes methods and spends its density where errors hurt most.
 """
