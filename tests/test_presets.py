@@ -44,8 +44,8 @@ PAPERS = {
     ("psa", "wan22"): Row(12, 40, 0, {"rule": "threshold", "ends": (0.5, 0.6, 0.6, 0.8)}),
     ("psa", "cogvideox15"): Row(15, 50, 0, {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35)}),
     ("psa", "cogvideox"): Row(15, 50, 0, {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35)}),
-    ("svg", "wan"): Row(10, 50, 1, {"density": 0.3, "sink": True}),
-    ("svg", "hunyuan_video"): Row(5, 50, 1, {"density": 0.25, "sink": False}),
+    ("svg", "wan"): Row(10, 50, 1, {"density": 0.3, "sink": True, "band": "ceil"}),
+    ("svg", "hunyuan_video"): Row(5, 50, 1, {"density": 0.25, "sink": False, "band": "floor"}),
     ("svg2", "wan"): Row(10, 50, 1, {"q_clusters": 300, "mass": 0.9}),
     ("svg2", "hunyuan_video"): Row(5, 50, 1, {"q_clusters": 400, "mass": 0.9}),
     ("vmoba", "wan"): Row(13, 50, 0, {"rule": "local_top_k", "top_k": 0.25}),  # a quarter

@@ -103,9 +103,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
         0,
         _PSA + "CogVideoX 5B",
     ),
-    ("svg", "wan"): Published({"density": 0.3}, 0.2, 1, _SVG + "Wan2.1"),
+    ("svg", "wan"): Published({"density": 0.3, "band": "ceil"}, 0.2, 1, _SVG + "Wan2.1"),
     ("svg", "hunyuan_video"): Published(
-        {"density": 0.25, "sink": False}, 0.1, 1, _SVG + "HunyuanVideo"
+        {"density": 0.25, "sink": False, "band": "floor"}, 0.1, 1, _SVG + "HunyuanVideo"
     ),
     ("freeswim", "wan"): Published(
         {"native": (30, 52)}, 0, 0, "FreeSwim inference.py, window only, Wan2.1-1.3B 480x832"

@@ -1,0 +1,135 @@
+"""What the papers' formulas imply, method by method, where no other test says it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import generate
+
+from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels.reference import ReferenceBackend
+from dittools.methods import Method
+from dittools.methods.agent import Agent
+from dittools.methods.clear import Clear
+from dittools.methods.gna import GNA
+from dittools.methods.radial import Radial
+from dittools.methods.sparse_vdit import SparseVDiT
+from dittools.patches import attach
+from dittools.pipelines import tiny
+
+BACKEND = ReferenceBackend()
+
+
+def call_of(grid: TokenGrid, heads: int = 2, batch: int = 1) -> AttentionCall:
+    q, k, v = (torch.randn(batch, grid.total, heads, 16) for _ in range(3))
+    return AttentionCall(q, k, v, grid, steps=10, unrotated=None)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_a_band_of_rows_needs_a_halo_of_one_row_less_than_the_radius(
+    ranks: int, radius: int
+) -> None:
+    """CLEAR over several devices: image rows exactly, text rows by merging log-sum-exps."""
+    grid = TokenGrid(1, 32, 6, text_before=5)
+    call = call_of(grid)
+    mask = Clear(radius=radius, block_size=16).mask(grid)
+    whole, dense = Clear(radius=radius, block_size=16).attend(call, BACKEND), mask.to_dense()[0]
+    rows, text = grid.height // ranks, torch.arange(grid.text_before)
+    scores = torch.einsum("qhd,khd->hqk", call.query[0], call.key[0]) * call.softmax_scale
+    parts, sums = [], []
+    for rank in range(ranks):
+        low = max(rank * rows - (radius - 1), 0)
+        high = min((rank + 1) * rows + radius - 1, grid.height)
+        keys = torch.cat((text, 5 + torch.arange(low * 6, high * 6)))
+        queries = 5 + torch.arange(rank * rows * 6, (rank + 1) * rows * 6)
+        seen = scores[:, queries][:, :, keys].masked_fill(~dense[queries][:, keys], float("-inf"))
+        out = torch.einsum("hqk,khd->qhd", seen.softmax(-1), call.value[0, keys])
+        torch.testing.assert_close(out, whole[0, queries], atol=2e-6, rtol=1e-5)
+        own = torch.cat((text if rank == 0 else text[:0], queries))  # text keys on one rank only
+        part = scores[:, text][:, :, own]
+        parts.append(torch.einsum("hqk,khd->hqd", part.softmax(-1), call.value[0, own]))
+        sums.append(part.logsumexp(-1))
+    weight = torch.stack(sums).softmax(0)[..., None]
+    merged = (torch.stack(parts) * weight).sum(0).transpose(0, 1)
+    torch.testing.assert_close(merged, whole[0, text], atol=2e-6, rtol=1e-5)
+    if radius > 1:  # the halo's outermost row is really seen
+        band = 5 + rows * 6
+        assert bool(dense[band, band - (radius - 1) * 6 : band - (radius - 2) * 6].any())
+
+
+def test_neighbourhoods_at_their_extremes() -> None:
+    for sides, window, options in (
+        ((2, 2, 2), (2, 2, 2), {}),
+        ((1, 6, 8), (1, 3, 4), {"dilation": (1, 2, 2)}),  # window times dilation is the axis
+        ((1, 7, 11), (1, 3, 4), {"stride": (1, 3, 4)}),  # blocked attention
+        ((3, 7, 5), (3, 4, 3), {"stride": (1, 2, 2)}),
+    ):
+        grid = TokenGrid(*sides)
+        dense = GNA(window=window, block_size=16, **{"stride": 1, **options}).mask(grid).to_dense()
+        kept = window[0] * window[1] * window[2]
+        assert set(dense[0].sum(-1).tolist()) == {kept}
+    plain = GNA(window=(1, 3, 4), stride=1, block_size=16)
+    full = GNA(window=("full", 3, 4), stride=1, block_size=16)
+    assert torch.equal(
+        plain.mask(TokenGrid(1, 7, 9)).to_dense(), full.mask(TokenGrid(1, 7, 9)).to_dense()
+    )
+
+
+def test_in_tile_masking_changes_nothing_where_no_tile_is_cut() -> None:
+    grid = TokenGrid(4, 8, 16)
+    method = GNA(window=(4, 4, 8), stride=(1, 4, 8), tile=(1, 4, 8), block_size=32)
+    call, mask = call_of(grid), method.mask(grid)
+    assert mask.computed == pytest.approx(mask.density)
+    bare = replace(mask, tiles=None, tile_index=None)
+    assert torch.equal(method.attend(call, BACKEND), BACKEND.block_sparse(call, bare))
+
+
+def test_agents_follow_a_permutation_of_the_queries_that_keeps_their_cells() -> None:
+    """Cells of frames: queries of one frame change places, agents stay, outputs move along."""
+    grid = TokenGrid(2, 4, 4)
+    call = call_of(grid)
+    method = Agent(early=1.0, cell=(1, 4, 4), agents="pooled")
+    order = torch.cat((torch.randperm(16), 16 + torch.randperm(16)))
+    moved = replace(call, query=call.query[:, order])
+    out, other = method.attend(call, BACKEND), method.attend(moved, BACKEND)
+    assert not torch.allclose(out, BACKEND.dense(call), atol=1e-2)
+    out, other = (x - method.shortcut * call.value for x in (out, other))
+    torch.testing.assert_close(other, out[:, order], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SparseVDiT(mode="multi_diagonal", density=0.4, block_size=16),
+        SparseVDiT(mode="stripe", density=0.4, block_size=16),
+        Radial(block_size=16),
+        Clear(radius=3, block_size=16),
+    ],
+    ids=lambda m: m.name,
+)
+@pytest.mark.parametrize("text", [(0, 0), (0, 7), (6, 0), (0, 33)])
+def test_a_batch_of_both_branches_is_two_calls(method: Method, text: tuple[int, int]) -> None:
+    call = call_of(TokenGrid(4, 5, 7, *text), batch=2)
+    out = method.attend(call, BACKEND)
+    for item in range(2):
+        part = slice(item, item + 1)
+        alone = replace(
+            call, query=call.query[part], key=call.key[part], value=call.value[part], memory={}
+        )
+        torch.testing.assert_close(out[part], method.attend(alone, BACKEND), atol=2e-6, rtol=1e-5)
+
+
+def test_radial_runs_in_every_sparse_step_and_layer_of_both_branches() -> None:
+    """(steps - dense steps) x (layers - dense layers) calls per branch, cross-attention aside."""
+    pipe = tiny.build("wan")
+    pipe.set_progress_bar_config(disable=True)
+    method = Radial(decay=0.1, block_size=16)
+    with attach(pipe, method, dense_steps=1, dense_layers=1, backend="reference") as handle:
+        generate(pipe, "wan", num_inference_steps=3)
+        report = handle.report()
+    layers = len(report.layers)
+    sparse_or_whole = report.calls["sparse"] + sum(report.fallbacks.values())
+    assert sparse_or_whole == (3 - 1) * (layers - 1) * 2
+    assert report.calls["passed_through"] == 0
