@@ -105,12 +105,43 @@ def score() -> str:
     return f"{result['pairs']} prompt and seed pairs{shares}; motion by direction: {directions}."
 
 
+def scoreboard() -> str:
+    """The densest-covered density of the board, best first; the page has the rest."""
+    boards = _load("scoreboard.json")["densities"]
+    density, lines = max(boards.items(), key=lambda pair: min(r["prompts"] for r in pair[1]))
+    kept = [r for r in lines if abs(r["density"] - float(density)) <= 0.03]
+    body = [
+        (
+            row["name"]
+            + (f" ({row['detail']})" if row["detail"] and row["kind"] != "searched" else ""),
+            f"{row['psnr_db']:.1f}",
+            f"{row['ssim']:.3f}",
+            f"{row['prompt']:.0%}",
+        )
+        for row in sorted(kept, key=lambda row: -row["psnr_db"])
+    ]
+    prompts = min(row["prompts"] for row in kept)
+    head = f"density {density}, {prompts} held-out prompts"
+    return table((head, "PSNR to dense, dB", "SSIM", "prompt score"), body)
+
+
+def freeswim() -> str:
+    result = _load("freeswim.json")
+    body = [
+        (name, row["what"], f"{row['one_object']} of {row['of']}", f"{row['mean_objects']:.1f}")
+        for name, row in result["summary"].items()
+    ]
+    return table(("", "192 x 192 pixels but for the first", "one object", "objects, mean"), body)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "larger": larger,
     "methods": methods,
     "families": families,
     "matrix": matrix,
+    "scoreboard": scoreboard,
+    "freeswim": freeswim,
     "kernels": kernels,
     "score": score,
 }
