@@ -217,11 +217,12 @@ def _rule_in(
     filled = {}
     for name, value in params.items():
         filled[name] = _value_in(value, tensors, used, where)
-    choice = {name: content.get(name, "all") for name in ("layers", "heads", "steps", "branch")}
+    given = {name: content.get(name, "all") for name in ("layers", "heads", "steps", "branch")}
+    choice: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     try:
         return Rule(
             build(content["method"], filled),
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in choice.items()},
+            **choice,
         )
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
