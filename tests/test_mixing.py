@@ -116,6 +116,24 @@ def test_any_plan_is_its_methods_head_by_head(seed: int) -> None:
                     )
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_heads_that_change_places_leave_their_memory_behind(name: str) -> None:
+    """What was learnt of heads 0 and 1 says nothing about heads 1 and 2, one method or not."""
+    grid, method = TokenGrid(4, 6, 6), small(name)
+    mixed: dict[str, Any] = {}
+    own: dict[tuple[int, ...], dict[str, Any]] = {(0, 1): {}, (1, 2): {}}
+    for step in range(STEPS):
+        some = (0, 1) if step < STEPS // 2 else (1, 2)
+        rest = tuple({0, 1, 2} - {*some})
+        call = replace(inputs(grid, 3, 0, step), memory=mixed)
+        out, _ = together([(some, method), (rest, build("dense"))], call)
+        part = replace(call.heads(some), memory=own[some])
+        want = BACKEND.dense(part)
+        if not (method.not_supported(part) or lacking(method, part)):
+            want = method.attend(part, BACKEND)
+        torch.testing.assert_close(out[:, :, list(some)], want, atol=2e-6, rtol=1e-5)
+
+
 GRID_METHODS = [
     name for name in METHODS if isinstance(build(name), GridMethod) and name != "sparse_vdit"
 ]
