@@ -144,7 +144,13 @@ def test_words_the_model_does_not_know_are_named(
 def test_an_interrupt_leaves_no_clip(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dittools", "generate", "--prompt", "a red circle"]
     command += ["--steps", "200", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background of a script ignores interrupts and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     for line in process.stderr:  # wait for the first step, then interrupt as a terminal would
         if line.startswith("generating"):
