@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from browsing import PATIENCE_MS, ROOT, chromium, open_page, shot, studio, tab
@@ -238,7 +239,7 @@ def test_text_stays_text(browser: Any, address: str) -> None:
 def test_only_files_of_the_run_folder_are_served(address: str, runs: Path) -> None:
     def status(path: Path) -> int:
         try:
-            with urllib.request.urlopen(f"{address}gradio_api/file={path}") as answer:
+            with urllib.request.urlopen(f"{address}gradio_api/file={quote(str(path))}") as answer:
                 return int(answer.status)
         except urllib.error.HTTPError as error:
             return error.code
