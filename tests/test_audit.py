@@ -6,6 +6,7 @@ import pkgutil
 
 import diffusers.models
 import pytest
+from toys import OLD
 
 from dittools.patches.seam import is_shadow, shadow_of, stock_of
 
@@ -47,7 +48,7 @@ def processors() -> dict[str, type]:
 
 def test_processors_reach_attention_or_are_named_exceptions() -> None:
     found = processors()
-    assert len(found) >= 100
+    assert len(found) >= (60 if OLD else 100)
     blind = {name for name, kind in found.items() if shadow_of(kind) is None}
     assert blind - set(EXCEPTIONS) == set(), "new in diffusers: intercept them or name them"
     assert set(EXCEPTIONS) & set(found) <= blind, "interceptable by now: drop the exception"

@@ -2,6 +2,7 @@
 
 import threading
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import toys
 from toys import Spy, Whole, generate
 
 from dittools.patches import attach
+from dittools.patches.steps import StepClock
 from dittools.pipelines import tiny
 
 both_families = pytest.mark.parametrize("name", ["wan", "flux"])
@@ -354,3 +356,23 @@ def test_a_control_net_works_beside_the_plan_and_is_left_alone(name: str) -> Non
         assert (made - expected).abs().max() <= 1e-4 * expected.abs().max()
         assert handle.report().calls["sparse"] == report.calls["dense"] > 0
     assert torch.equal(generate(pipe, name, **how), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [(1000.0, 5), (500.0, 3), (0.0, 5), (1.0, 5)],
+    ids=["from noise", "from a picture", "rescaled: 1 - t", "rescaled: t / 1000"],
+)
+def test_a_run_is_counted_from_where_it_begins(given: float, steps: int) -> None:
+    """Timesteps that a pipeline rescales to 0..1 are no places in a schedule of 0..1000."""
+
+    class Pipe:
+        scheduler = SimpleNamespace(
+            timesteps=torch.tensor([1000.0, 750.0, 500.0, 1.0, 0.0]),
+            _step_index=None,
+            num_inference_steps=5,
+        )
+
+    pipe = Pipe()
+    place = StepClock(pipe).observe(torch.tensor(given))
+    assert (place.step, place.steps) == (0, steps)

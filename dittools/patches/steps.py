@@ -116,7 +116,8 @@ def _first_index(scheduler: Any, timesteps: Any, timestep: Any) -> int:
         return int(begin or 0)
     values = _values(timesteps)
     value = _first_value(timestep)
-    return values.index(value) if value in values else 0
+    is_rescaled = value is not None and value <= 1 < max(values)  # given in 0..1, not as counted
+    return values.index(value) if value in values and not is_rescaled else 0
 
 
 def _first_value(timestep: Any) -> float | None:
