@@ -1,7 +1,7 @@
 """Probe rows: a few queries attended exactly, which tell how far a sparse result is from dense.
 
-64 rows of N cost 64 / N of a dense call and give an unbiased estimate of its squared error, whatever
-the method was. Rows are drawn at random: picked ones (near group means, say) would flatter.
+64 rows of N cost 64 / N of a dense call and give an unbiased estimate of its squared error,
+whatever the method was. Rows are drawn at random: picked ones (near group means) would flatter.
 """
 
 import torch
