@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from dittools import system
 from dittools.call import AttentionCall
 from dittools.errors import UnsupportedCall
 from dittools.mask import BlockMask
@@ -172,9 +172,7 @@ def status() -> NativeStatus:
 
 def cache_dir() -> Path:
     """Return the folder that holds built libraries; it may not exist yet."""
-    own, shared = os.environ.get("DITTOOLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = Path(own) if own else (Path(shared) if shared else Path.home() / ".cache") / "dittools"
-    return base / "native"
+    return system.cache_folder() / "native"
 
 
 def check_ranges(mask: BlockMask) -> None:
@@ -223,8 +221,8 @@ def _find(wanted: str) -> "Native | NativeStatus":
     """Try the builds this CPU can run from the best on; the last failure is the reason."""
     if wanted == "0":
         return NativeStatus(False, reason="turned off by DITTOOLS_NATIVE=0")
-    if sys.platform != "linux":
-        return NativeStatus(False, reason=f"it is built on Linux only, this is {sys.platform}")
+    if not system.is_linux():
+        return NativeStatus(False, reason=f"it is built on Linux only, this is {system.name()}")
     features = cpu_features()
     builds = [name for name, needs in BUILDS.items() if set(needs) <= features]
     if wanted != "1":
@@ -266,11 +264,7 @@ def _first_error(text: str) -> str:
 @lru_cache(maxsize=1)
 def cpu_features() -> set[str]:
     """Return the instruction sets of this CPU as Linux names them; empty elsewhere."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
+    return system.cpu_features()
 
 
 def _compiler() -> str | None:

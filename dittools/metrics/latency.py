@@ -1,15 +1,14 @@
 """Where the time goes, and how far it can fall: spans by part, interleaved repeats, bounds."""
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dittools import system
 from dittools.errors import InputError
 
 Tell = Callable[[str, int, int], None]  # (what is running, runs done, runs in all)
@@ -229,7 +228,7 @@ class PeakMemory:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            self._can_reset = _reset_process_peak()
+            self._can_reset = system.reset_peak_memory()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,18 +236,4 @@ class PeakMemory:
         if self._cuda:
             self.bytes = int(torch.cuda.max_memory_allocated())
         elif self._can_reset:
-            self.bytes = _process_peak()
-
-
-def _reset_process_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def _process_peak() -> int | None:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found.group(1)) * 1024 if found else None
+            self.bytes = system.peak_memory()

@@ -8,7 +8,6 @@ and run where the user names an interpreter in which VBench is fully installed.
 
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from dittools import system
 from dittools.errors import InputError
 
 VBENCH = "0.1.5"
@@ -43,9 +43,7 @@ class Official:
 
 def environment_folder() -> Path:
     """Return where the environment is kept; DITTOOLS_CACHE or XDG_CACHE_HOME moves it."""
-    own, shared = os.environ.get("DITTOOLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    home = Path(own) if own else Path(shared or Path.home() / ".cache") / "dittools"
-    return home / f"vbench-{VBENCH}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    return system.cache_folder() / f"vbench-{VBENCH}-py{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def make_environment(folder: Path | None = None) -> Path:
@@ -55,11 +53,11 @@ def make_environment(folder: Path | None = None) -> Path:
         InputError: pip cannot install the packages, with its last line.
     """
     home = folder or environment_folder()
-    python = home / ("Scripts" if os.name == "nt" else "bin") / "python"
+    python = system.venv_python(home)
     ready = home / ".ready"
     if ready.exists():
         return python
-    venv.create(home, clear=True, with_pip=True, symlinks=os.name != "nt")
+    venv.create(home, clear=True, with_pip=True, symlinks=system.venv_takes_links())
     minor = int(version("torch").split(".")[1])  # torch 2.N goes with torchvision 0.(N + 15)
     wanted = [f"vbench=={VBENCH}", f"decord=={DECORD}", f"torchvision==0.{minor + 15}.*"]
     done = subprocess.run(
@@ -106,7 +104,7 @@ def run_official(
         seen.mkdir()
         output.mkdir()
         for clip in clips:
-            (seen / clip.name).symlink_to(clip.resolve())
+            system.link_or_copy(clip, seen / clip.name)
         done = subprocess.run(
             [str(interpreter), "-I", str(_RUNNER), str(seen), str(output), device, *dimensions],
             capture_output=True,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dittools import system
 from dittools.errors import InputError
 
 FORMAT = "dittools-bench"
@@ -168,12 +169,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return system.processor() or platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str:

@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dittools import system
 from dittools.errors import InputError
 from dittools.pipelines.generate import Settings
 
@@ -113,7 +113,7 @@ def free_bytes(device: torch.device) -> int:
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    limit, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit, used = system.container_memory()
     return available if limit is None or used is None else min(available, max(limit - used, 0))
 
 
@@ -188,12 +188,3 @@ def _size(settings: Settings) -> str:
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def _number(path: str) -> int | None:
-    """Return the number in a file; None when it is missing or says "max"."""
-    try:
-        text = Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
