@@ -1,5 +1,7 @@
 """Errors that say what was expected, what was given and what to do about it."""
 
+LONGEST = 400  # characters of what was given; files can hold any amount
+
 
 class DitToolsError(ValueError):
     """Base of every error dittools raises on purpose; its text is one readable line."""
@@ -11,13 +13,23 @@ class DitToolsError(ValueError):
         self.problem, self.expected, self.got, self.remedy = problem, expected, got, remedy
         parts = [problem]
         parts += [f"expected {expected}"] if expected else []
-        parts += [f"got {got}"] if got else []
+        parts += [f"got {_cut(got)}"] if got else []
         parts += [f"try: {remedy}"] if remedy else []
-        super().__init__("; ".join(" ".join(part.split()) for part in parts))
+        super().__init__("; ".join(_one_line(part) for part in parts))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Rebuild with the keyword parts, so that the error crosses process boundaries whole."""
         return _rebuild, (type(self), self.problem, self.expected, self.got, self.remedy)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
+
+
+def _one_line(text: str) -> str:
+    """Return text without what a terminal would obey or cannot show."""
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _rebuild(

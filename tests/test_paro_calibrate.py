@@ -162,7 +162,7 @@ def test_tables_survive_both_files_and_drive_the_method(tmp_path: Path) -> None:
     broken = {**tables.to_param(), "block_size": 32}
     with pytest.raises(PlanError, match="do not fit their grid"):
         PARO(tables=broken)  # type: ignore[arg-type]
-    with pytest.raises(PlanError, match="malformed: KeyError"):
+    with pytest.raises(PlanError, match="malformed; got paro tables lacks"):
         PARO(tables={"grid": [1, 1, 1]})  # type: ignore[arg-type]
 
 

@@ -12,8 +12,16 @@ from dittools.call import AttentionCall
 from dittools.errors import PlanError
 from dittools.grid import TokenGrid
 from dittools.mask import BlockMask, pack_bits, unpack_bits
+from dittools.reading import misfit, parse_json, read_tensors
 
 _FORMAT = "dittools-paro"
+_SHAPE = {
+    "grid": [int],
+    "block_size": int,
+    "bin_of_step": [int],
+    "orders": torch.Tensor,
+    "masks": torch.Tensor,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,26 +111,27 @@ class ParoTables:
 
         Raises:
             PlanError: a part is missing or does not fit the others.
+            InputError: the grid is none.
         """
-        try:
-            made = ParoTables(
-                TokenGrid(*param["grid"]),
-                int(param["block_size"]),
-                param["orders"].long(),
-                param["masks"],
-                tuple(int(b) for b in param["bin_of_step"]),
+        wrong = misfit(param, _SHAPE, "paro tables")
+        if wrong:
+            raise PlanError("paro tables are malformed", got=wrong)
+        grid, size, bins = param["grid"], param["block_size"], param["bin_of_step"]
+        orders, masks = param["orders"], param["masks"]
+        if len(grid) != 5 or not size >= 1 or not bins or min(bins) < 0 or orders.dim() != 2:
+            raise PlanError(
+                "paro tables are malformed",
+                expected="5 numbers of a grid, a block size, bins of steps, orders [layers, heads]",
+                got=f"{grid}, {size}, {bins[:8]}, {list(orders.shape)}",
             )
-            layers, heads = made.orders.shape
-            bins, steps = max(made.bin_of_step) + 1, min(made.bin_of_step)
-            want = (bins, layers, heads, -(-(made.blocks**2) // 8))
-            good = tuple(made.packed.shape) == want and steps >= 0 and int(made.orders.max()) < 6
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"paro tables are malformed: {error!r}") from error
-        if not good:
+        made = ParoTables(TokenGrid(*grid), size, orders.long(), masks, tuple(bins))
+        want = (max(bins) + 1, *orders.shape, -(-(made.blocks**2) // 8))
+        kinds = {orders.dtype, masks.dtype}
+        if tuple(masks.shape) != want or kinds != {torch.uint8} or bool((orders > 5).any()):
             raise PlanError(
                 "paro tables do not fit their grid",
-                expected=f"masks {want}",
-                got=str(tuple(made.packed.shape)),
+                expected=f"masks {want} and orders from 0 to 5, both bytes",
+                got=f"{tuple(masks.shape)}, {masks.dtype}, {orders.dtype}",
             )
         return made
 
@@ -148,29 +157,23 @@ def load_tables(path: str | Path) -> ParoTables:
     """
     try:
         changed = Path(path).stat().st_mtime_ns
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name that no file can have is no OSError
         raise PlanError(f"paro tables cannot be read: {error}") from error
     return _load(str(path), changed)
 
 
 @lru_cache(maxsize=8)
 def _load(path: str, changed: int) -> ParoTables:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            orders, packed = file.get_tensor("orders").long(), file.get_tensor("masks")
-    except (SafetensorError, OSError) as error:
-        raise PlanError(f"paro tables {path} are damaged: {error}") from error
+        tensors, header = read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise PlanError(f"paro tables {path} are damaged", got=str(error)) from error
     if header.get("format") != _FORMAT:
         raise PlanError(
             f"{path} holds no paro tables", expected=_FORMAT, got=repr(header.get("format"))
         )
-    return ParoTables(
-        TokenGrid(*json.loads(header["grid"])),
-        int(header["block_size"]),
-        orders,
-        packed,
-        tuple(json.loads(header["bin_of_step"])),
-    )
+    try:
+        param = {name: parse_json(header[name]) for name in ("grid", "block_size", "bin_of_step")}
+    except (KeyError, ValueError) as error:
+        raise PlanError(f"paro tables {path} are malformed", got=repr(error)) from error
+    return ParoTables.of_param({**param, **tensors})

@@ -1,4 +1,8 @@
-"""Plan files: JSON with a checked format and version, tensors in a safetensors file beside it."""
+"""Plan files: JSON with a checked format and version, tensors in a safetensors file beside it.
+
+A plan is data: reading one runs nothing, opens no file outside its folder, and ends in a plan or in
+a PlanError, UnknownMethod or InputError.
+"""
 
 import hashlib
 import json
@@ -12,7 +16,9 @@ import torch
 from dittools.errors import DitToolsError, PlanError
 from dittools.methods import METHODS, build, to_params
 from dittools.methods.headhunter import HeadHunter
+from dittools.methods.paro_tables import load_tables
 from dittools.plans.plan import ModelFacts, Plan, Rule, Schedule
+from dittools.reading import MOST_TENSORS, beside, read_bytes, read_json, read_tensors
 
 FORMAT = "dittools-plan"
 VERSION = 1
@@ -32,6 +38,8 @@ _SCHEDULE = ("dense_first_steps", "dense_last_steps", "dense_layers")
 _GUIDANCE = ("heads", "scale", "u", "mode")
 _RULE = ("layers", "heads", "steps", "branch", "method", "params")
 _TENSORS = ("file", "sha256")
+_FILES = {"tables": load_tables}  # parameters that may name a file; plans hold its content
+MOST_BYTES = 16_000_000  # of the JSON; a plan of a 60-layer model has about 100 kB
 _REBUILD = "make the plan again, or copy it whole"
 
 
@@ -103,16 +111,19 @@ def load_plan(path: Path) -> Plan:
 def _read(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file, or say why there is none."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, MOST_BYTES)
     except FileNotFoundError as error:
         raise PlanError(
             f"no plan file at {path}", remedy=f"a method name: {', '.join(METHODS)}"
         ) from error
     except OSError as error:
-        raise PlanError(f"cannot read {path}: {error.strerror or error}") from error
+        raise PlanError(f"cannot read {path}", got=error.strerror or str(error)) from error
     except ValueError as error:
         raise PlanError(
-            f"{path} is damaged or cut short", expected="JSON", got=str(error), remedy=_REBUILD
+            f"{path} is damaged or cut short",
+            expected="JSON",
+            got=str(error),
+            remedy=_REBUILD,
         ) from error
     if not isinstance(content, dict):
         raise PlanError(f"{path} is not a plan", expected="a JSON object", remedy=_REBUILD)
@@ -174,6 +185,8 @@ def _rule_out(number: int, rule: Rule, tensors: dict[str, torch.Tensor]) -> dict
         )
     params = {}
     for name, value in to_params(rule.method).items():
+        if name in _FILES and isinstance(value, str) and value:
+            value = _FILES[name](value).to_param()
         params[name] = _value_out(value, f"rules.{number}.{name}", tensors)
     choice = {name: getattr(rule, name) for name in ("layers", "heads", "steps")}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in choice.items()}
@@ -214,9 +227,10 @@ def _rule_in(
     params = content.get("params", {})
     if not isinstance(params, dict):
         raise PlanError(f"params of {where} are malformed", expected="an object", got=repr(params))
-    filled = {}
-    for name, value in params.items():
-        filled[name] = _value_in(value, tensors, used, where)
+    filled = {name: _value_in(value, tensors, used, where) for name, value in params.items()}
+    for name in set(filled) & set(_FILES):
+        if isinstance(filled[name], str) and filled[name]:
+            filled[name] = _file_in(name, filled[name], path, where)
     given = {name: content.get(name, "all") for name in ("layers", "heads", "steps", "branch")}
     choice: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     try:
@@ -228,6 +242,20 @@ def _rule_in(
         raise PlanError(f"{where}: {error}") from error
     except DitToolsError as error:
         raise type(error)(f"{where}: {error}") from error
+
+
+def _file_in(name: str, value: str, path: Path, where: str) -> Any:
+    """Return what a file beside the plan holds, for a parameter that names one."""
+    try:
+        return _FILES[name](beside(path, value))
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise PlanError(
+            f"{name} of {where} names a file elsewhere",
+            expected="a file in the plan's folder, or what it holds",
+            got=str(error),
+        ) from error
 
 
 def _tensor_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -244,18 +272,24 @@ def _tensors_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
         return {}
     part = _part({"tensors": content}, "tensors", _TENSORS, path)
     name = part.get("file")
-    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+    try:
+        side = beside(path, name)
+        if side.suffix != ".safetensors":
+            raise ValueError(f"{name!r} has another suffix")
+    except ValueError as error:
         raise PlanError(
             f"tensors of {path} are malformed",
             expected="the name of a .safetensors file in the same folder",
-            got=repr(name),
-        )
-    side = path.parent / name
+            got=str(error),
+        ) from error
     try:
-        blob = side.read_bytes()
-    except OSError as error:
+        blob = read_bytes(side, MOST_TENSORS)
+    except (OSError, ValueError) as error:
         raise PlanError(
-            f"the tensors of {path} are missing", expected=str(side), remedy="copy both files"
+            f"the tensors of {path} are missing",
+            expected=str(side),
+            got=getattr(error, "strerror", None) or str(error),
+            remedy="copy both files",
         ) from error
     digest = hashlib.sha256(blob).hexdigest()
     if digest != part.get("sha256"):
@@ -265,10 +299,10 @@ def _tensors_in(content: Any, path: Path) -> dict[str, torch.Tensor]:
             got=digest,
             remedy=_REBUILD,
         )
-    from safetensors.torch import load
-
-    tensors: dict[str, torch.Tensor] = load(blob)
-    return tensors
+    try:
+        return read_tensors(blob)[0]
+    except ValueError as error:
+        raise PlanError(f"{side} is damaged", got=str(error), remedy=_REBUILD) from error
 
 
 def _write(path: Path, blob: bytes) -> None:
