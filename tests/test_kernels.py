@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import poisoned
 import pytest
 import torch
 
@@ -252,6 +253,37 @@ def test_bad_keys_behind_a_key_mask_or_a_dropped_block_do_not_reach_the_result(p
         call.key[0, token], call.value[0, token] = float("nan"), float("nan")
     assert torch.equal(run(call, mask)[0], want)
     assert torch.equal(CpuBackend().block_sparse(call, mask), plain)  # without LSE: another path
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bad_keys_and_values_stay_with_their_keepers_in_any_program(
+    path: str, dtype: torch.dtype
+) -> None:
+    spoilt = clean = 0
+    for seed in range(40):
+        call, mask = random_program(seed, dtype)
+        if call.query.shape[1] > 200:
+            continue
+        poisoned.poison(call, seed)
+        want = poisoned.row_by_row(call, mask)
+        for out in (run(call, mask)[0], CpuBackend().block_sparse(call, mask)):
+            found = poisoned.disagreement(out, want)
+            assert found["spread"] == found["hidden"] == 0, f"{seed}: {found}"
+            assert found["error"] < (1e-4 if dtype == torch.float32 else 0.06), f"{seed}: {found}"
+        spoilt, clean = spoilt + found["spoilt"], clean + found["clean"]
+    assert min(spoilt, clean) > 1000
+
+
+def test_reference_keeps_bad_keys_and_values_with_their_keepers() -> None:
+    for seed in range(40):
+        call, mask = random_program(seed, torch.float32)
+        if call.query.shape[1] > 200:
+            continue
+        poisoned.poison(call, seed)
+        out = load("reference").block_sparse(call, mask)
+        found = poisoned.disagreement(out, poisoned.row_by_row(call, mask))
+        assert found["spread"] == found["hidden"] == 0, f"{seed}: {found}"
+        assert found["error"] < 1e-4, f"{seed}: {found}"
 
 
 def test_result_does_not_depend_on_threads(path: str) -> None:

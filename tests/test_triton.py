@@ -110,6 +110,33 @@ def test_nan_query_spoils_its_own_row_only(interpreted: dict[str, dict[str, obje
     assert interpreted["nan-row"]["bad"] == [[0, 5, 1]]
 
 
+POISONED = case_module().poisoned_cases()
+
+
+def assert_bad_values_stay_with_their_keepers(row: dict[str, object]) -> None:
+    assert row["spread"] == row["hidden"] == 0, row
+    assert row["error"] < 0.06, row
+    assert row["lse_error"] < 2e-5, row
+    assert row["same_lse"], row
+
+
+@needs_triton
+@pytest.mark.parametrize("case", POISONED, ids=lambda case: case.name)
+def test_bad_keys_and_values_stay_with_their_keepers(
+    case: object, interpreted: dict[str, dict[str, object]]
+) -> None:
+    row = interpreted[f"{case.name}-poisoned"]  # type: ignore[attr-defined]
+    assert min(row["spoilt"], row["clean"]) > 20, row  # type: ignore[type-var, operator]
+    assert_bad_values_stay_with_their_keepers(row)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("case", POISONED, ids=lambda case: case.name)
+def test_bad_keys_and_values_stay_with_their_keepers_on_the_device(case: object) -> None:
+    assert_bad_values_stay_with_their_keepers(case_module().poisoned_case(case, "cuda"))
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -185,6 +212,15 @@ def test_every_main_variant_compiles_without_spills(capability: int) -> None:
         assert_fits(variant, capability)
 
 
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_second_pass_compiles_without_spills(capability: int) -> None:
+    from dittools.kernels.triton_aot import Variant
+
+    wide = Variant(128, 128, 64, gather=True, bias=True, masked=True, mend=True)
+    assert_fits(wide, capability)
+
+
 def assert_fits(variant: object, capability: int) -> None:
     from dittools.kernels.triton_aot import SHARED_LIMIT, compile_variant
 
@@ -193,6 +229,8 @@ def assert_fits(variant: object, capability: int) -> None:
     assert used.spill_bytes == 0
     assert used.shared_kib <= SHARED_LIMIT[capability]  # the compiler accepts more than a block has
     assert used.registers * used.config.num_warps * 32 <= 65536
+    if variant.mend:  # type: ignore[attr-defined]
+        return  # rows that were spoilt alone: it may take its time
     assert used.async_copies
     wide = variant.dtype != torch.float32  # type: ignore[attr-defined]
     assert used.tensor_core == ("wgmma" if capability == 90 and wide else "mma")

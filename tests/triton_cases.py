@@ -9,6 +9,7 @@ import random
 import sys
 from dataclasses import dataclass, replace
 
+import poisoned
 import torch
 
 from dittools.call import AttentionCall
@@ -277,6 +278,29 @@ def nan_row(device: str = "cpu") -> dict[str, object]:
     return {"name": "nan-row", "bad": bad}
 
 
+def poisoned_cases() -> list[Case]:
+    """Cut blocks, dropped keys, padding slots and shared masks; the last has whole blocks alone."""
+    chosen = [case for case in cases() if case.cut and case.grid[0] * case.grid[1] > 6][:6]
+    return [*chosen, Case(36, cut=False, bias="dropped", dtype="fp16")]
+
+
+def poisoned_case(case: Case, device: str = "cpu") -> dict[str, object]:
+    """Return how far a case with NaN and inf in keys and values is from what its rows keep."""
+    from dittools.kernels.triton_backend import TritonBackend
+
+    call, mask = build(case, device)
+    poisoned.poison(call, case.seed)
+    out, lse = TritonBackend().block_sparse(call, mask, return_lse=True)
+    _, want_lse = ReferenceBackend().block_sparse(call, mask, return_lse=True)
+    found = poisoned.disagreement(out, poisoned.row_by_row(call, mask).to(out.device))
+    finite = want_lse.isfinite()
+    return found | {
+        "name": f"{case.name}-poisoned",
+        "lse_error": float((lse - want_lse)[finite].abs().max()),
+        "same_lse": bool(torch.equal(lse.isfinite(), finite)),
+    }
+
+
 def _nan_filled(*args: object, **kwargs: object) -> torch.Tensor:
     return torch.full(args[0], float("nan"), **kwargs)  # type: ignore[arg-type]
 
@@ -291,3 +315,5 @@ if __name__ == "__main__":
         for one, values in eight_bit_cases():
             sys.stdout.write(json.dumps(quantised(one, values)) + "\n")
     sys.stdout.write(json.dumps(nan_row(where)) + "\n")
+    for one in poisoned_cases():
+        sys.stdout.write(json.dumps(poisoned_case(one, where)) + "\n")

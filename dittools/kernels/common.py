@@ -78,6 +78,31 @@ def misfit(call: AttentionCall, mask: BlockMask) -> list[str]:
     return reasons
 
 
+def weigh(weights: torch.Tensor, value: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Return weights @ value where NaN and inf reach only the rows that keep their key.
+
+    A weight of 0 does not shut them out: 0 * NaN is NaN.
+
+    Args:
+        weights: [..., rows, keys], 0 where dropped.
+        value: [..., keys, D], in the dtype of the weights.
+        kept: bool, broadcasts to the shape of the weights.
+    """
+    bad = ~value.isfinite()
+    if not bool(bad.any()):
+        return weights @ value
+    out = weights @ value.masked_fill(bad, 0)
+    seen = kept.expand(weights.shape).to(value.dtype)
+    for is_kind, kind in (
+        (value.isposinf(), float("inf")),
+        (value.isneginf(), float("-inf")),
+        (value.isnan(), float("nan")),
+    ):
+        touched = seen @ is_kind.to(value.dtype) > 0
+        out = out + torch.zeros_like(out).masked_fill(touched, kind)  # inf and -inf make NaN
+    return out
+
+
 def exact_only(name: str, call: AttentionCall) -> list[str]:
     """Refuse calls that ask for few-bit products, for backends that have none."""
     if call.quantize == "none":

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from dittools.kernels.common import Slots
+from dittools.kernels.common import Slots, weigh
 from dittools.mask import BlockMask, unpack_bits
 
 GATHER_BYTES = 2 << 20  # of keys per SDPA call; larger buffers leave the L2 cache (1.4-2x slower)
@@ -184,9 +184,5 @@ def _attend(
     lse = torch.logsumexp(scores, dim=-1)
     empty = lse.isneginf()[..., None]
     weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0)
-    values, finite = v.to(wide), v.isfinite()
-    if not bool(finite.all()):  # 0 * NaN is NaN: look at the bad values of kept keys alone
-        touched = (weights != 0).to(wide) @ (~finite).to(wide)
-        out = weights @ values.masked_fill(~finite, 0)
-        return out.masked_fill(touched > 0, float("nan")).to(q.dtype), lse.float()
-    return (weights @ values).to(q.dtype), lse.float()
+    kept = weights.new_ones(1, dtype=torch.bool) if add is None else ~add.isneginf()
+    return weigh(weights, v.to(wide), kept).to(q.dtype), lse.float()

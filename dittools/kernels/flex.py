@@ -1,4 +1,8 @@
-"""FlexAttention as a backend: the same mask, compiled by torch itself."""
+"""FlexAttention as a backend: the same mask, compiled by torch itself.
+
+Unlike the other backends it lets a NaN or inf of a value reach queries that drop it, where another
+query of the same block keeps it.
+"""
 
 import shutil
 from collections.abc import Callable

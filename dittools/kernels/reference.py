@@ -3,7 +3,7 @@
 import torch
 
 from dittools.call import AttentionCall
-from dittools.kernels.common import dense_attention, from_slots, misfit, to_slots
+from dittools.kernels.common import dense_attention, from_slots, misfit, to_slots, weigh
 from dittools.kernels.quantised import kept_columns, quantised_attention
 from dittools.mask import BlockMask
 
@@ -31,7 +31,8 @@ class ReferenceBackend:
         """Attend over the kept pairs only.
 
         Softmax runs over a query's kept keys; dropped keys weigh exactly zero. A query that keeps
-        nothing gets 0 and a log-sum-exp of -inf.
+        nothing gets 0 and a log-sum-exp of -inf. Keys and values that are not finite reach only
+        the queries that keep them.
 
         Args:
             call: query, key, value are [B, S, H, D]; its `quantize` is followed.
@@ -54,13 +55,15 @@ class ReferenceBackend:
                 columns, kept = kept_columns(mask, head, q_block, slots.key.shape[2])
                 q = slots.query[:, head, rows].to(wide) * call.softmax_scale
                 scores = q @ slots.key[:, head, columns].to(wide).transpose(1, 2)
+                kept = kept[None, : q.shape[1]]
                 if slots.bias is not None:
                     line = slots.bias[:, min(head, slots.bias.shape[1] - 1), columns]
                     scores = scores + line[:, None].to(wide)
-                scores = scores.masked_fill(~kept[: q.shape[1]], float("-inf"))
+                    kept = kept & ~line.isneginf()[:, None]
+                scores = scores.masked_fill(~kept, float("-inf"))
                 lse[:, head, rows] = torch.logsumexp(scores, dim=-1)
                 empty = lse[:, head, rows].eq(float("-inf"))[..., None]
                 weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0)
-                out[:, head, rows] = weights @ slots.value[:, head, columns].to(wide)
+                out[:, head, rows] = weigh(weights, slots.value[:, head, columns].to(wide), kept)
         result = from_slots(out.to(call.query.dtype), mask)
         return (result, from_slots(lse[..., None], mask)[..., 0]) if return_lse else result

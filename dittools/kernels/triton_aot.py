@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 from dittools.errors import UnsupportedCall
 from dittools.kernels.triton_block_sparse import attend_kernel
 from dittools.kernels.triton_config import Config, default_config, padded_head_dim
+from dittools.kernels.triton_mend import mend_kernel, mend_options
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB one block may use, by compute capability
 _TYPES = {
@@ -43,6 +44,7 @@ class Variant(NamedTuple):
     bias: bool = False
     masked: bool = False
     quant: str = ""  # "", "int8" (query and key), "int8+int8", "int8+fp8" (value too)
+    mend: bool = False  # the second pass, which keeps NaN and inf with the queries that keep them
 
 
 class Resources(NamedTuple):
@@ -67,12 +69,12 @@ def compile_variant(variant: Variant, capability: int, config: Config | None = N
             variant.head_dim, variant.q_block, variant.kv_block, variant.dtype,
             masked=variant.masked, capability=capability,
         )  # fmt: skip
-    signature, fixed, aligned = _signature(variant, config)
+    kernel, signature, fixed, aligned, config = _signature(variant, config)
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     options["enable_fp_fusion"] = True
     if config.maxnreg:
         options["maxnreg"] = config.maxnreg
-    source = ASTSource(attend_kernel, signature, fixed, aligned)
+    source = ASTSource(kernel, signature, fixed, aligned)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack = _usage(made.asm["cubin"])
     ptx = made.asm["ptx"]
@@ -83,16 +85,15 @@ def compile_variant(variant: Variant, capability: int, config: Config | None = N
 
 def _signature(
     variant: Variant, config: Config
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[object]]]]:
-    """Return the argument types, the constants by name and the divisibility hints by position."""
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[tuple[int, ...], list[list[object]]], Config]:
+    """Return kernel, argument types, constants by name, divisibility hints by position, launch."""
     element = _TYPES[variant.dtype]
     qk = "i8" if variant.quant else element
     pv = {"int8+int8": "i8", "int8+fp8": "fp8e4nv"}.get(variant.quant, element)
     pointers = {"q_ptr": qk, "k_ptr": qk, "v_ptr": pv, "out_ptr": element}
     pointers |= dict.fromkeys(("lse_ptr", "bias_ptr"), "fp32")
     pointers |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "fp32")
-    fixed: dict[str, Any] = {f"stride_{t}d": 1 for t in "qkv"}
-    fixed |= {
+    fixed: dict[str, Any] = {
         "HEADS": 24,
         "HEAD_DIM": variant.head_dim,
         "BLOCK_D": padded_head_dim(variant.head_dim),
@@ -110,9 +111,14 @@ def _signature(
         "QUANT": bool(variant.quant),
         "P_RANGE": {"int8+int8": 127, "int8+fp8": 448}.get(variant.quant, 0),
     }
+    kernel = attend_kernel
+    if variant.mend:
+        kernel = mend_kernel
+        fixed, config = mend_options(fixed, variant.dtype.itemsize)
+    fixed |= {f"stride_{t}d": 1 for t in "qkv"}
     signature: dict[str, str] = {}
     aligned: dict[tuple[int, ...], list[list[object]]] = {}
-    for place, name in enumerate(attend_kernel.arg_names):
+    for place, name in enumerate(kernel.arg_names):
         if name in fixed:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
@@ -122,7 +128,7 @@ def _signature(
             signature[name] = "fp32" if name == "scale" else "i32"
             if name.startswith("stride"):
                 aligned[(place,)] = [["tt.divisibility", 16]]
-    return signature, fixed, aligned
+    return kernel, signature, fixed, aligned, config
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
@@ -161,7 +167,9 @@ def main_variants() -> list[Variant]:
     plain.append(Variant(128, 128, 128))
     cut = [variant._replace(masked=True) for variant in plain]
     eight = [plain[3]._replace(quant=kind) for kind in ("int8", "int8+int8", "int8+fp8")]
-    return plain + cut + [variant._replace(gather=True, bias=True) for variant in cut] + eight
+    gathered = [variant._replace(gather=True, bias=True) for variant in cut]
+    second = [variant._replace(mend=True) for variant in (gathered[3], gathered[5], gathered[6])]
+    return plain + cut + gathered + eight + second
 
 
 def table(variants: list[Variant] | None = None, capabilities: tuple[int, ...] = (80, 90)) -> str:
@@ -173,7 +181,7 @@ def table(variants: list[Variant] | None = None, capabilities: tuple[int, ...] =
                 continue
             used = compile_variant(variant, capability)
             c = used.config
-            extra = [n for n in ("gather", "bias", "masked") if getattr(variant, n)]
+            extra = [n for n in ("gather", "bias", "masked", "mend") if getattr(variant, n)]
             name = f"{variant.head_dim} {variant.q_block}x{variant.kv_block} "
             name += " ".join([_TYPES[variant.dtype], *extra, variant.quant])
             lines.append(

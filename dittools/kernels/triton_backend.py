@@ -7,7 +7,8 @@ import torch
 from dittools.call import AttentionCall
 from dittools.kernels.common import check_fit, dense_attention, exact_only, misfit
 from dittools.kernels.program import program
-from dittools.kernels.triton_block_sparse import INTERPRETED, launch
+from dittools.kernels.triton_block_sparse import launch
+from dittools.kernels.triton_tiles import INTERPRETED
 from dittools.mask import BlockMask
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -11,7 +11,6 @@ FlashAttention. Runs on Triton 3.6 to 3.9; block pointers are avoided since 3.9 
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
-import os
 from typing import Any
 
 import torch
@@ -25,53 +24,16 @@ from dittools.kernels.triton_config import (
     default_config,
     padded_head_dim,
 )
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton at decoration
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1e30)  # finite start of the row maximum: rows without keys make no NaN
-
-
-@triton.jit
-def _place(start, index_base, offs_n, k_slots, GATHER: tl.constexpr, MASKED: tl.constexpr):
-    """Token of each slot of the tile at `start`, -1 where there is none."""
-    slot = start + offs_n
-    if GATHER and MASKED:
-        token = tl.load(index_base + slot, mask=slot < k_slots, other=-1)
-    elif GATHER:
-        token = tl.load(index_base + slot)
-    elif MASKED:
-        token = tl.where(slot < k_slots, slot, -1)
-    else:
-        token = slot
-    return token
-
-
-@triton.jit
-def _start(entry, last, block_ptr, KV_BLOCK: tl.constexpr, TILE_N: tl.constexpr):
-    """First slot of the tile `entry`; 0 past the end of the row."""
-    parts: tl.constexpr = KV_BLOCK // TILE_N
-    block = tl.load(block_ptr + entry // parts, mask=entry < last, other=0)
-    return block * KV_BLOCK + (entry % parts) * TILE_N
-
-
-@triton.jit
-def _bits(word_ptr, tile, row, column, q_words, TILE_N: tl.constexpr, Q_BLOCK: tl.constexpr):
-    """Bool [TILE_M, TILE_N] of a bit tile, loaded as one word per row and 32 keys.
-
-    column is the tile's first key inside its block.
-    """
-    offs_n = tl.arange(0, TILE_N)
-    base = word_ptr + (tile.to(tl.int64) * Q_BLOCK + row) * q_words + column // 32
-    shift = offs_n & 31
-    if TILE_N < 32:
-        shift = column % 32 + offs_n
-    bits = (tl.load(base)[:, None] >> shift[None, :]) & 1
-    for part in tl.static_range(1, TILE_N // 32):
-        word = tl.load(base + part)
-        later = (word[:, None] >> shift[None, :]) & 1
-        bits = tl.where((offs_n // 32 == part)[None, :], later, bits)
-    return bits != 0
+from dittools.kernels.triton_mend import mend_kernel, mend_options
+from dittools.kernels.triton_tiles import (
+    INTERPRETED,
+    LN2,
+    LOG2E,
+    LOWEST,
+    kept_bits,
+    place_of,
+    start_of,
+)
 
 
 @triton.jit
@@ -89,8 +51,8 @@ def _walk(
     offs_n = tl.arange(0, TILE_N)
     offs_d = tl.arange(0, BLOCK_D)
     in_head = (offs_d < HEAD_DIM)[None, :]
-    start = _start(first, last, block_ptr, KV_BLOCK, TILE_N)
-    token = _place(start, index_base, offs_n, k_slots, GATHER, MASKED)
+    start = start_of(first, last, block_ptr, KV_BLOCK, TILE_N)
+    token = place_of(start, index_base, offs_n, k_slots, GATHER, MASKED)
     for entry in tl.range(first, last):
         place = token.to(tl.int64)[:, None]
         k_at = k_base + place * stride_ks + offs_d[None, :] * stride_kd
@@ -122,7 +84,7 @@ def _walk(
                 tile = tl.load(tile_ptr + entry // parts)
                 words: tl.constexpr = (KV_BLOCK + 31) // 32
                 column = (entry % parts) * TILE_N
-                kept = kept & _bits(word_ptr, tile, inside_row, column, words, TILE_N, Q_BLOCK)
+                kept = kept & kept_bits(word_ptr, tile, inside_row, column, words, TILE_N, Q_BLOCK)
             score = tl.where(kept, score, float("-inf"))
         if BIAS:
             new_max = tl.maximum(row_max, tl.max(score, 1))
@@ -134,8 +96,8 @@ def _walk(
         row_sum = row_sum * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
         row_max = new_max
-        start = _start(entry + 1, last, block_ptr, KV_BLOCK, TILE_N)
-        token = _place(start, index_base, offs_n, k_slots, GATHER, MASKED)
+        start = start_of(entry + 1, last, block_ptr, KV_BLOCK, TILE_N)
+        token = place_of(start, index_base, offs_n, k_slots, GATHER, MASKED)
         if P_RANGE == 127:
             rounded = (p * 127 + 0.5).to(tl.int8)
             acc += tl.dot(rounded, v).to(tl.float32)
@@ -192,7 +154,7 @@ def attend_kernel(
     inside = (unit % cuts) * TILE_M + tl.arange(0, TILE_M)
     offs_d = tl.arange(0, BLOCK_D)
     in_head = (offs_d < HEAD_DIM)[None, :]
-    source = _place(block * Q_BLOCK, index_base, inside, q_slots, GATHER, True)
+    source = place_of(block * Q_BLOCK, index_base, inside, q_slots, GATHER, True)
     q_at = q_ptr + batch * stride_qb + wide * stride_qh
     q_at = q_at + source.to(tl.int64)[:, None] * stride_qs + offs_d[None, :] * stride_qd
     q = tl.load(q_at, mask=(source >= 0)[:, None] & in_head, other=0.0)
@@ -234,7 +196,7 @@ def attend_kernel(
         out = out * (v_scale / P_RANGE)[None, :]
     lse = tl.where(empty, float("-inf"), (row_max + tl.math.log2(total)) * LN2)
     # looked up again: kept since the start, it would hold registers through the loops
-    token = _place(block * Q_BLOCK, index_base, inside, q_slots, SCATTER, True)
+    token = place_of(block * Q_BLOCK, index_base, inside, q_slots, SCATTER, True)
     real = token >= 0
     place = token.to(tl.int64)
     out_at = out_ptr + batch * stride_ob + wide * stride_oh
@@ -299,10 +261,13 @@ def launch(
         )  # fmt: skip
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, length, heads), dtype=torch.float32, device=query.device)
-    run_kernel(
-        query, key, value, out, lse, made, bias, scale, config,
-        constants(made, query, config, bias=bias is not None),
-    )  # fmt: skip
+    fixed = constants(made, query, config, bias=bias is not None)
+    run_kernel(query, key, value, out, lse, made, bias, scale, config, fixed)
+    if made.words is not None or bias is not None:  # else every row keeps what its tiles hold
+        own, small = mend_options(fixed, query.element_size())
+        run_kernel(
+            query, key, value, out, lse, made, bias, scale, small, own, kernel=mend_kernel
+        )  # fmt: skip
     return out, lse
 
 
@@ -318,8 +283,9 @@ def run_kernel(
     config: Config,
     fixed: dict[str, Any],
     scales: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None,) * 3,
+    kernel: Any = attend_kernel,
 ) -> None:
-    """Launch the kernel once; `fixed` are its compile-time arguments, `scales` of q, k, v."""
+    """Launch a kernel once; `fixed` are its compile-time arguments, `scales` of q, k, v."""
     tasks = made.task.numel()
     if not tasks or not out.numel():
         return
@@ -336,7 +302,7 @@ def run_kernel(
     absent = made.task  # stands in for pointers the compile-time arguments leave unread
     present = [absent if t is None else t for t in (bias, made.token_at, made.words, *scales)]
     options: dict[str, Any] = {"maxnreg": config.maxnreg} if config.maxnreg else {}
-    attend_kernel[(out.shape[0] * tasks * (made.q_block // config.tile_m),)](
+    kernel[(out.shape[0] * tasks * (made.q_block // config.tile_m),)](
         query, key, value, out, lse, *present[:2],
         made.task, made.indptr, made.masked_from, made.block, made.tile, *present[2:],
         *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],

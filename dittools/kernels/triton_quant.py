@@ -22,8 +22,9 @@ from dittools.errors import UnsupportedCall
 from dittools.kernels.common import check_fit, dense_attention, to_slots
 from dittools.kernels.program import Program, program
 from dittools.kernels.triton_backend import TritonBackend
-from dittools.kernels.triton_block_sparse import INTERPRETED, constants, run_kernel
+from dittools.kernels.triton_block_sparse import constants, run_kernel
 from dittools.kernels.triton_config import capability_of, default_config
+from dittools.kernels.triton_tiles import INTERPRETED
 from dittools.mask import BlockMask
 
 Values = Literal["half", "int8", "fp8"]
