@@ -1,6 +1,7 @@
 """The embedded demo model: its world, checker, codec, training code and shipped weights."""
 
 import json
+import logging
 import socket
 from dataclasses import replace
 from itertools import product
@@ -48,6 +49,7 @@ from dittools.pipelines.demo.clips import (
     training_looks,
 )
 from dittools.pipelines.demo.vae import build_vae
+from dittools.pipelines.generate import Settings, generate
 
 ATTRIBUTES = ("background", "texture", "colour", "shape", "motion")
 MIB = 2**20
@@ -388,6 +390,21 @@ def test_generation_is_deterministic(demo: WanPipeline) -> None:
     first, again = (_generate(demo, PROMPTS[0], steps=2) for _ in range(2))
     assert first.shape == (FRAMES, 96, 96, 3)
     assert np.array_equal(first, again)
+
+
+def test_generating_leaves_out_the_warning_about_a_factor_of_one(
+    demo: WanPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = logging.getLogger(WanPipeline.__module__)
+    use = Settings(prompt=PROMPTS[0], seed=0, steps=1, frames=4, height=32, width=32)
+    log.addHandler(caplog.handler)  # diffusers' loggers do not hand on what they get
+    try:
+        assert generate(demo, use).frames.shape[0] == 4
+        assert not caplog.records
+        demo(PROMPTS[0], height=32, width=32, num_frames=3, num_inference_steps=1)
+        assert "has to be divisible by 1." in caplog.text
+    finally:
+        log.removeHandler(caplog.handler)
 
 
 def test_a_short_prompt_shows_what_it_asks_for(demo: WanPipeline) -> None:

@@ -1,9 +1,11 @@
 """Run a pipeline once with fixed seed, and hand back frames and time."""
 
 import inspect
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -95,7 +97,7 @@ def generate(
 
         arguments["callback_on_step_end"] = after_step
     start = time.perf_counter()
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _without_rounding_note(pipe):
         try:
             output = pipe(**arguments)
         except ValueError as error:
@@ -183,6 +185,24 @@ def frames_argument(pipe: Any, frames: int) -> int:
     factor = getattr(pipe, "vae_scale_factor_temporal", None)
     is_wan = type(pipe).__name__.startswith("Wan")
     return max(frames - 1, 0) if is_wan and factor == 1 else frames
+
+
+@contextmanager
+def _without_rounding_note(pipe: Any) -> Iterator[None]:
+    """Drop the warning that num_frames - 1 "has to be divisible by 1".
+
+    diffusers' Wan pipeline gives it for every number of frames where the temporal factor is 1.
+    """
+    log = logging.getLogger(type(pipe).__module__)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "has to be divisible by 1." not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 def _frames(output: Any) -> Frames:
