@@ -17,7 +17,8 @@ MOST_JSON = 64_000_000  # bytes; the atlas of a 40-layer model takes 15 MB
 MOST_TENSORS = 4_000_000_000  # bytes of a file that is read whole
 MOST_HEADER = 8_000_000  # bytes that describe its tensors; 100,000 of them fit
 DEEPEST = 32  # objects and lists inside each other
-_DIGITS = 19  # of a whole number, as many as 64 bits hold
+_LARGEST = 2**63 - 1
+_DIGITS = 20  # of a whole number, its sign included, that is read at all
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -28,21 +29,23 @@ def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
         OSError: it cannot be read.
         ValueError: it is a device, pipe or folder, or holds more than `most` bytes.
     """
-    check_file(path, most)
+    size = check_file(path, most)
     with Path(path).open("rb") as file:
-        blob = file.read(most + 1)  # it may have grown since
-    if len(blob) > most:
-        raise ValueError(f"it holds more than {most} bytes")
-    return blob
+        return file.read(size)  # never more, however it grows meanwhile
 
 
-def check_file(path: str | Path, most: int) -> None:
-    """Raise as `read_bytes` does, without reading: opening a pipe would wait for its writer."""
+def check_file(path: str | Path, most: int) -> int:
+    """Return the size of a file `read_bytes` would read; opening a pipe would wait for its writer.
+
+    Raises:
+        OSError, ValueError: as `read_bytes`.
+    """
     found = Path(path).stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("it is no ordinary file")
     if found.st_size > most:
         raise ValueError(f"it holds {found.st_size} bytes, more than {most}")
+    return found.st_size
 
 
 def read_text(path: str | Path, most: int = MOST_JSON) -> str:
@@ -59,8 +62,8 @@ def parse_json(text: str | bytes) -> Any:
     """Return JSON values that are safe to work with.
 
     Raises:
-        ValueError: no JSON, text that is no Unicode, a number that is not finite or has more than
-            19 digits before the point, or values nested deeper than 32 levels.
+        ValueError: no JSON, text that is no Unicode, a number that is not finite, a whole number
+            that 64 bits do not hold, or values nested deeper than 32 levels.
     """
     blob = text.encode() if isinstance(text, str) else text
     try:
@@ -192,9 +195,10 @@ def _check_depth(content: Any) -> None:
 
 
 def _whole(text: str) -> int:
-    if len(text.lstrip("-")) > _DIGITS:
-        raise ValueError(f"a whole number of {len(text)} digits")
-    return int(text)
+    found = int(text) if len(text) <= _DIGITS else _LARGEST + 1
+    if not -_LARGEST <= found <= _LARGEST:
+        raise ValueError(f"{text[:24]} has more than 64 bits")
+    return found
 
 
 def _number(text: str) -> float:

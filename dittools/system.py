@@ -50,12 +50,21 @@ def reset_peak_memory() -> bool:
 
 def peak_memory() -> int | None:
     """Return the largest memory of this process so far, in bytes; None where nothing records it."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    found = re.search(r"VmHWM:\s+(\d+) kB", _status())
     return int(found.group(1)) * 1024 if found else None
+
+
+def limit_memory(more: int) -> bool:
+    """Let this process take that many bytes of address space more, for good; False on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return False
+    found = re.search(r"VmSize:\s+(\d+) kB", _status())
+    if found is None:  # macOS has the limit but does not keep to it
+        return False
+    resource.setrlimit(resource.RLIMIT_AS, (int(found.group(1)) * 1024 + more,) * 2)
+    return True
 
 
 def container_memory() -> tuple[int | None, int | None]:
@@ -80,6 +89,13 @@ def link_or_copy(source: Path, target: Path) -> None:
         target.symlink_to(source.resolve())
     except (OSError, NotImplementedError):
         shutil.copyfile(source, target)
+
+
+def _status() -> str:
+    try:
+        return Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return ""
 
 
 def _cpu_info(key: str) -> list[str]:

@@ -23,8 +23,8 @@ SOURCES = sorted([*ROOT.glob("dittools/**/*.py"), *ROOT.glob("bench/*.py"), ROOT
         ("NaN", "NaN is no number"),
         ("[-Infinity]", "no number"),
         ("1e999", "too large"),
-        ("[1" + "0" * 19 + "]", "20 digits"),
-        ("-" + "9" * 5000, "5000 digits|digits"),
+        ("[9223372036854775808]", "64 bits"),
+        ("-" + "9" * 5000, "64 bits"),
         ("[" * 33 + "]" * 33, "32 levels"),
         ("[" * 100_000, "32 levels"),
         ('{"a":' * 40 + "1" + "}" * 40, "32 levels"),
@@ -172,8 +172,8 @@ def test_nothing_is_unpickled_or_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_systems_differ_in_one_file_only(path: Path) -> None:
-    if path == ROOT / "dittools" / "system.py":
-        return
+    if path in (ROOT / "dittools" / "system.py", ROOT / "bench" / "hostile.py"):
+        return  # the second makes the links and names that loaders must not follow
     modules = {"fcntl", "resource", "pwd", "grp", "termios", "msvcrt", "winreg", "signal", "posix"}
     assert not calls_of(path) & modules
     text = path.read_text()

@@ -65,7 +65,7 @@ class Agent:
     )
     shortcut: float = param(0.075, "the share of each token's own value that is added", least=0.0)
     random: bool = param(True, "matched: cells draw their fixed token anew, else it is the first")
-    seed: int = param(0, "the start of the random numbers", least=0)
+    seed: int = param(0, "the start of the random numbers", least=0, most=2**40)
     max_downsample: int = param(
         1, "matched: the coarsest level of a UNet that takes part: 1 is full resolution", least=1
     )

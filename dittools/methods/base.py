@@ -3,7 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, ClassVar, Protocol, get_type_hints, runtime_checkable
+from types import UnionType
+from typing import (
+    Any,
+    ClassVar,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 import torch
 
@@ -87,9 +97,43 @@ def check_params(method: Any) -> None:
             not isinstance(value, kind) or (kind is int and isinstance(value, bool))
         ):
             raise bad_param(method, item.name, expected=_wanted(item, kind.__name__))
+        if not _fits(value, kind):
+            raise bad_param(method, item.name, expected=_words(kind))
         if kind in (int, float) or item.metadata.get("choices"):
             _check_limits(method, item, kind, value)
         object.__setattr__(method, item.name, value)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated type; what a whole number is also fits a number."""
+    inner = get_args(kind)
+    if kind is Any or (not inner and not isinstance(kind, type)):
+        return True
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if inner[1:] == (...,):
+            return all(_fits(v, inner[0]) for v in value)
+        return len(value) == len(inner) and all(map(_fits, value, inner))
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if inner:  # sequences and literals: the method's own checks, and its choices
+        return True
+    wanted = (int, float) if kind is float else kind
+    return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
+
+
+def _words(kind: Any) -> str:
+    """Describe an annotated type."""
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        count = "" if inner[1:] == (...,) else f"{len(inner)} of "
+        return f"a list of {count}{_words(inner[0])}"
+    if inner:
+        return " or ".join(_words(each) for each in inner)
+    names = {int: "a whole number", float: "a number", str: "a word", type(None): "nothing"}
+    names[bool] = "true or false"
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _check_limits(method: Any, item: Field[Any], kind: Any, value: Any) -> None:
@@ -98,6 +142,7 @@ def _check_limits(method: Any, item: Field[Any], kind: Any, value: Any) -> None:
     wrong = (
         (choices and value not in choices)
         or (kind is float and value != value)
+        or (kind is int and abs(value) > _LARGEST)
         or (least is not None and value < least)
         or (most is not None and value > most)
         or (above is not None and value <= above)
@@ -126,6 +171,9 @@ def bad_param(method: Any, name: str, *, expected: str, remedy: str = "") -> Inp
         got=repr(getattr(method, name)),
         remedy=remedy or f"{name} is {item.metadata.get('help', 'described in the documentation')}",
     )
+
+
+_LARGEST = 2**40  # no count or seed is larger, and sums of them stay below 64 bits
 
 
 @lru_cache(maxsize=64)

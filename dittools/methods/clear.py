@@ -104,7 +104,8 @@ def clear_mask(grid: TokenGrid, clear: Clear) -> BlockMask:
     """Build the mask of one grid, in spatial tiles as square as block_size allows."""
     y = torch.arange(1 - grid.height, grid.height)[:, None]
     x = torch.arange(1 - grid.width, grid.width)
-    allowed = y * y + x * x < clear.radius_tokens(grid) ** 2
+    radius = clear.radius_tokens(grid)
+    allowed = y * y + x * x < radius * radius  # a power would overflow
     cells = 0
     if clear.down_factor:
         cells = grid.tokens // clear.down_factor**2

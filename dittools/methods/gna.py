@@ -5,6 +5,7 @@ independent, so the mask is a product of per-axis patterns; it is lowered exactl
 where a tile is cut. Text is attended by, and attends to, everything.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,8 @@ from dittools.tiling import separable_mask
 
 Sides = tuple[int, int, int]
 Axes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+MOST_TILE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class GNA:
             missing = name == "tile" and isinstance(value, tuple) and None in value
             if len(entries) != 3 or missing or not all(fits(entry) for entry in entries):
                 raise bad_param(self, name, expected=f"{expected}, once or per axis")
+        sides = self.tile if isinstance(self.tile, tuple) else (self.tile or 1,) * 3
+        if math.prod(sides) > MOST_TILE_TOKENS:
+            raise bad_param(self, "tile", expected=f"at most {MOST_TILE_TOKENS} tokens in a tile")
 
     def not_supported(self, call: AttentionCall) -> list[str]:
         """Every grid fits: a window longer than an axis covers it."""

@@ -62,16 +62,16 @@ class PARO:
     )
 
     def __post_init__(self) -> None:
-        """Check the order names."""
+        """Read tables as a plan holds them, and check the order names."""
+        if isinstance(self.tables, dict):
+            object.__setattr__(self, "tables", ParoTables.of_param(self.tables))
+        if not isinstance(self.tables, (str, ParoTables)):
+            raise bad_param(self, "tables", expected="a file name or calibrated tables")
         check_params(self)
         names = self.order if isinstance(self.order, tuple) else (self.order,)
         if not names or any(n not in ORDERS and (n != "auto" or len(names) > 1) for n in names):
             expected = f"'auto', or one of {', '.join(ORDERS)}, once or per head"
             raise bad_param(self, "order", expected=expected)
-        if isinstance(self.tables, dict):  # as a plan file holds them
-            object.__setattr__(self, "tables", ParoTables.of_param(self.tables))
-        if not isinstance(self.tables, (str, ParoTables)):
-            raise bad_param(self, "tables", expected="a file name or calibrated tables")
 
     def not_supported(self, call: AttentionCall) -> list[str]:
         """Lists of orders and calibrated tables must fit the call."""

@@ -24,7 +24,7 @@ class RandomBlocks:
 
     name: ClassVar[str] = "random"
     density: float = param(0.25, "the share of blocks kept", above=0.0, most=1.0)
-    seed: int = param(0, "the start of the random numbers", least=0)
+    seed: int = param(0, "the start of the random numbers", least=0, most=2**40)
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
 
     def __post_init__(self) -> None:

@@ -49,7 +49,9 @@ class Sparge:
         "for 32 queries at a time; 50 in the authors' kernel, 0 for never",
         least=0.0,
     )
-    block_size: int = param(128, "the tokens per query block, twice those per key block", least=8)
+    block_size: int = param(
+        128, "the tokens per query block, twice those per key block", least=8, most=1024
+    )
     curve: str = param("gilbert", "the order blocks are cut from", choices=("gilbert", "raster"))
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class SVG2:
         16, "the tokens per cluster those rounds look at, but for the last ones; 0 for all", least=0
     )
     rounds: int = param(2, "the rounds of k-means from the centroids of the last step", least=1)
-    seed: int = param(0, "the start of the random numbers", least=0)
+    seed: int = param(0, "the start of the random numbers", least=0, most=2**40)
     block_size: int = param(64, "the queries per computed tile", least=8, most=512)
     key_block: int = param(32, "the keys per computed tile", least=8, most=512)
 

@@ -30,7 +30,7 @@ class ToMe:
     ratio: float = param(0.5, "the share of tokens that are merged", least=0.0, most=1.0)
     cell: int = param(2, "the side of a cell, in which one token is never merged away", least=1)
     random: bool = param(True, "that token is drawn anew at every call, else it is the first")
-    seed: int = param(0, "the start of the random numbers", least=0)
+    seed: int = param(0, "the start of the random numbers", least=0, most=2**40)
     max_downsample: int = param(
         1, "the coarsest level of a UNet that takes part: 1 is full resolution", least=1
     )
@@ -60,7 +60,7 @@ def matching(
     features = call.features
     if features is None:
         features = video_part(call.key, call.grid).flatten(2)
-    drawn = (seed * 1_000_003 + call.layer) * 1_000_003 + call.step if random else None
+    drawn = ((seed * 1_000_003 + call.layer) * 1_000_003 + call.step) % 2**63 if random else None
     return match(features, call.grid, cell, drawn)
 
 

@@ -210,7 +210,7 @@ def _value_in(value: Any, tensors: dict[str, torch.Tensor], used: set[str], wher
     if not isinstance(value, dict):
         return value
     if set(value) == {"tensor"}:
-        if value["tensor"] not in tensors:
+        if not isinstance(value["tensor"], str) or value["tensor"] not in tensors:
             raise PlanError(f"{where} lacks tensor {value['tensor']!r}", remedy=_REBUILD)
         used.add(value["tensor"])
         return tensors[value["tensor"]]
