@@ -1,6 +1,6 @@
 """The inputs of one attention call, and nothing about who asks or who answers."""
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,31 @@ QUANTIZE = {
     "int8_half": "INT8 and exact",
     "int4": "INT4 and INT4",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Peers:
+    """All the heads one method runs, of which a call holds some: other processes hold the rest.
+
+    Attributes:
+        count: of these heads.
+        own: places of the call's heads among them, ascending.
+        gather: takes [own, ...] to [count, ...]; each process that holds one of them calls it.
+    """
+
+    count: int
+    own: tuple[int, ...]
+    gather: Callable[[torch.Tensor], torch.Tensor]
+
+    def folded(self, batch: int) -> "Peers":
+        """Return the peers of a call whose batch is folded into its heads, item after item."""
+
+        def gather(tensor: torch.Tensor) -> torch.Tensor:
+            by_head = tensor.unflatten(0, (batch, len(self.own))).transpose(0, 1).contiguous()
+            return self.gather(by_head).transpose(0, 1).flatten(0, 1)
+
+        own = tuple(item * self.count + place for item in range(batch) for place in self.own)
+        return Peers(batch * self.count, own, gather)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +68,7 @@ class AttentionCall:
             None where nobody asked for it or it is not known.
         unrotated: [B, grid.tokens, H, D], the query of the grid's tokens before RoPE; likewise.
         full: geometry of the finest level of the model, where levels differ (UNets); else None.
+        peers: what the method runs in all, where other processes hold some of its heads.
     """
 
     query: torch.Tensor
@@ -62,6 +88,7 @@ class AttentionCall:
     features: torch.Tensor | None = None
     unrotated: torch.Tensor | None = None
     full: TokenGrid | None = None
+    peers: Peers | None = None
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and devices once, where the call is made."""
@@ -98,6 +125,20 @@ class AttentionCall:
         return int(self.query.shape[2])
 
     @property
+    def method_heads(self) -> int:
+        """Number of heads the method runs in all processes together."""
+        return self.head_count if self.peers is None else self.peers.count
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The places of this call's heads among them."""
+        return tuple(range(self.head_count)) if self.peers is None else self.peers.own
+
+    def of_all_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return [method_heads, ...] of the [H, ...] each process has; a collective call."""
+        return tensor if self.peers is None else self.peers.gather(tensor)
+
+    @property
     def softmax_scale(self) -> float:
         """The factor on the scores, resolved."""
         return float(self.query.shape[-1]) ** -0.5 if self.scale is None else self.scale
@@ -125,6 +166,7 @@ class AttentionCall:
             key_bias=bias,
             memory=self.memory.setdefault(f"heads {chosen}", {}),
             head_index=chosen,
+            peers=None,
         )
 
     def additive_mask(self) -> torch.Tensor | None:
