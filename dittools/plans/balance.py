@@ -5,12 +5,13 @@ and an exchange waits for the slowest rank, so heads are dealt out by their work
 the lightest rank with room, then the exchange of two heads that helps most, until none does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dittools.errors import DitToolsError, InputError
 from dittools.grid import TokenGrid
 from dittools.methods import GridMethod, Method
+from dittools.plans.phrase import phrase
 from dittools.plans.plan import HeadRule
 
 GOOD_ENOUGH = 0.01  # of the mean: heads in order stay, as dealing them out costs a copy
@@ -98,7 +99,6 @@ def head_work(
     grid: TokenGrid,
     heads: int,
     known: Mapping[str, Sequence[float]] | None = None,
-    phrase: Callable[[Method], str] | None = None,
 ) -> tuple[float, ...]:
     """Return the share of blocks each head visits, as far as can be told before the run.
 
@@ -110,11 +110,10 @@ def head_work(
         grid: of the call.
         heads: of the site.
         known: phrase of a method to its measured (density, computed share).
-        phrase: names a method in `known`.
     """
     work = [1.0] * heads
     for members, method in rules:
-        shares = _shares(method, grid, len(members), known or {}, phrase)
+        shares = _shares(method, grid, len(members), known or {})
         for head, share in zip(members, shares, strict=True):
             work[head] = share
     return tuple(work)
@@ -125,7 +124,6 @@ def _shares(
     grid: TokenGrid,
     count: int,
     known: Mapping[str, Sequence[float]],
-    phrase: Callable[[Method], str] | None,
 ) -> list[float]:
     mode = getattr(method, "mode", "")
     if isinstance(mode, tuple) and len(mode) == count:
@@ -134,7 +132,7 @@ def _shares(
         return [0.0 if mode == "skip" else 1.0] * count
     if isinstance(method, GridMethod) and mode != "auto" and not isinstance(mode, tuple):
         return [_grid_share(method, grid)] * count
-    if known and phrase is not None and phrase(method) in known:
+    if known and phrase(method) in known:
         return [float(known[phrase(method)][1])] * count
     nominal = getattr(method, "density", None)
     return [float(nominal) if isinstance(nominal, float) else 1.0] * count

@@ -1,16 +1,15 @@
 """The candidates a search chooses from: every method at several densities, checked on the grid."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.mask import BlockMask
-from dittools.methods import METHODS, GridMethod, Method, build, to_params
+from dittools.methods import METHODS, GridMethod, Method, build
+from dittools.plans.phrase import phrase as phrase
 from dittools.searching.ladders import ladders_for
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75)
@@ -41,29 +40,6 @@ class Candidate:
     def name(self) -> str:
         """Method and the parameters that differ from its defaults, one readable phrase."""
         return phrase(self.method)
-
-
-def phrase(method: Method) -> str:
-    """Return a method and the parameters that differ from its defaults."""
-    kind: Any = type(method)
-    defaults = {f.name: f.default for f in fields(kind)}
-    changed = {
-        name: value
-        for name, value in to_params(method).items()
-        if _differs(getattr(method, name), defaults.get(name))
-    }
-    inside = ", ".join(f"{k}={_short(v)}" for k, v in changed.items())
-    return f"{method.name}({inside})"
-
-
-def _differs(value: Any, default: Any) -> bool:
-    if isinstance(value, torch.Tensor) or isinstance(default, torch.Tensor):
-        return True
-    return bool(value != default)
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value, default=lambda v: f"tensor {tuple(getattr(v, 'shape', ()))}")
 
 
 def candidates_for(grid: TokenGrid, methods: Sequence[str] = ()) -> list[Candidate]:
