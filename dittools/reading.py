@@ -4,10 +4,12 @@ Everything here raises OSError (cannot be read) or ValueError (is not what it sh
 else, so that a loader needs one `except` clause for its own words. Nothing is unpickled or run.
 """
 
+import hashlib
 import json
 import math
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,39 @@ def beside(path: Path, name: Any) -> Path:
     if leads_out:
         raise ValueError(f"{name!r} leads to another folder")
     return found
+
+
+def within(folder: Path, name: Any) -> Path:
+    """Return the path of a file that must lie in a folder or below it, links followed.
+
+    Raises:
+        ValueError: it does not, or `name` is no relative path of plain names.
+    """
+    parts = name.split("/") if isinstance(name, str) else [name]
+    if not all(is_plain_name(part) for part in parts):
+        raise ValueError(f"{name!r} is no path inside the folder")
+    found: Path = folder.joinpath(*parts)
+    try:
+        leads_out = not found.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise ValueError(f"{name!r} cannot be followed") from error
+    if leads_out:
+        raise ValueError(f"{name!r} leads to another folder")
+    return found
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of an ordinary file, read piece by piece.
+
+    Raises:
+        OSError, ValueError: as `read_bytes`, whatever its size.
+    """
+    check_file(path, sys.maxsize)
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def is_plain_name(name: Any) -> bool:

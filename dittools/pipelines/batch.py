@@ -21,9 +21,17 @@ from dittools.patches import attach
 from dittools.pipelines.generate import Run, Settings, generate
 from dittools.pipelines.output import write_clip, write_text
 from dittools.plans import Plan
+from dittools.reading import digest, misfit, read_json, read_text
 
 FORMAT = "dittools-clip"
 VERSION = 1
+MOST_PROMPT_BYTES = 8_000_000
+_RECORD = {
+    **dict.fromkeys(("format", "file", "sha256", "mark", "prompt"), str),
+    "seed": int,
+    "seconds": float,
+}
+_SHARE = {"mark": str, "failures": [dict]}
 LONGEST_NAME = 180  # characters of a prompt kept in a file name
 TRIES = 2
 
@@ -69,13 +77,13 @@ def read_prompts(path: Path) -> list[str]:
         InputError: the file cannot be read or holds no prompt.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".json":
-            lines = [row["prompt_en"] if isinstance(row, dict) else row for row in json.loads(text)]
+            rows = read_json(path, MOST_PROMPT_BYTES)
+            lines = [row["prompt_en"] if isinstance(row, dict) else row for row in rows]
         else:
-            lines = text.splitlines()
+            lines = read_text(path, MOST_PROMPT_BYTES).splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(
             f"cannot read prompts from {path}",
             expected="UTF-8 text with one prompt a line, or a JSON list of texts or of "
@@ -263,11 +271,11 @@ def _merged(batch: Batch, world: int) -> dict[str, Any]:
     failures: list[dict[str, Any]] = []
     for rank in range(world):
         try:
-            text = (batch.out / f".share-{rank}-of-{world}.json").read_text(encoding="utf-8")
-            share = json.loads(text)
+            share = read_json(batch.out / f".share-{rank}-of-{world}.json")
         except (OSError, ValueError):
             continue  # this share has not ended: its clips are listed as missing
-        failures += share["failures"] if share.get("mark") == batch.mark else []
+        if not misfit(share, _SHARE) and share["mark"] == batch.mark:
+            failures += share["failures"]
     return {
         "format": "dittools-batch",
         "version": 1,
@@ -283,14 +291,11 @@ def _merged(batch: Batch, world: int) -> dict[str, Any]:
 
 def _record(job: Job) -> dict[str, Any] | None:
     """Return the record of a clip; one that is torn or not ours counts as not there."""
-    kinds = {"file": str, "sha256": str, "mark": str, "prompt": str, "seed": int, "seconds": float}
     try:
-        found = json.loads(job.record.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found: dict[str, Any] = read_json(job.record)
+    except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        return None
-    if any(not isinstance(found.get(name), kind) for name, kind in kinds.items()):
+    if misfit(found, _RECORD) or found["format"] != FORMAT:
         return None
     suffixes = {job.path.name, job.path.with_suffix(".png").name}
     return found if found["file"] in suffixes else None
@@ -298,13 +303,9 @@ def _record(job: Job) -> dict[str, Any] | None:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
+        return digest(path)
+    except (OSError, ValueError):
         return ""
-    return digest.hexdigest()
 
 
 def _failure(job: Job, error: Exception, attempts: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ import torch
 from dittools.errors import InputError
 from dittools.pipelines.output import atomic
 from dittools.pipelines.ranks import place
+from dittools.reading import read_tensors, read_text
 
+MOST_PROMPT_BYTES = 8_000_000
 Result = dict[str, torch.Tensor]
 Report = Callable[[str, int, int], None]  # (what, units done, units in all)
 
@@ -92,13 +94,12 @@ class Store:
         path = self._path(key)
         if path is None or not path.exists():
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
-            found: Result = load(path.read_bytes())
-        except (SafetensorError, OSError, ValueError):
-            path.unlink(missing_ok=True)  # damaged on disk: the unit is done again
+            found, notes = read_tensors(path)
+            if notes.get("sha256", found_digest := digest_of(found)) != found_digest:
+                raise ValueError("it is not what was written")
+        except (OSError, ValueError):
+            _remove(path)  # damaged on disk: the unit is done again
             return None
         self._known[key] = found
         return found
@@ -111,7 +112,7 @@ class Store:
             from safetensors.torch import save
 
             with atomic(path) as temporary:
-                temporary.write_bytes(save(ready))
+                temporary.write_bytes(save(ready, {"sha256": digest_of(ready)}))
 
     def _exchange(self, units: Sequence[Unit]) -> None:
         """Give every process the results of the others, as bytes of safetensors."""
@@ -130,6 +131,27 @@ class Store:
             dist.broadcast(body, source)
             if not mine and unit.key not in self._known:
                 self._save(unit.key, load(body.numpy().tobytes()))
+
+
+def digest_of(result: Result) -> str:
+    """Return the SHA-256 of names, shapes, types and values."""
+    found = hashlib.sha256()
+    for name in sorted(result):
+        tensor = result[name]
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot remove the damaged {path}",
+            got=error.strerror or str(error),
+            remedy="another --work folder",
+        ) from error
 
 
 def fingerprint(*parts: Any) -> str:
@@ -156,7 +178,7 @@ def read_prompts(path: Path) -> list[str]:
         InputError: missing, not UTF-8, or empty.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path, MOST_PROMPT_BYTES)
     except OSError as error:
         raise InputError(
             f"cannot read the prompts file {path}: {error.strerror or error}",
@@ -168,6 +190,8 @@ def read_prompts(path: Path) -> list[str]:
             got=f"byte {error.object[error.start]:#04x} at position {error.start}",
             remedy="save it as UTF-8",
         ) from error
+    except ValueError as error:
+        raise InputError(f"cannot read the prompts file {path}", got=str(error)) from error
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise InputError(f"the prompts file {path} holds no prompt", remedy="one prompt a line")
