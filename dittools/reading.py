@@ -170,7 +170,7 @@ def is_plain_name(name: Any) -> bool:
         and 0 < len(name) <= 255
         and name not in (".", "..")
         and name.isprintable()
-        and not any(c in '/\\:*?"<>|' for c in name)
+        and not any(c in "/\\:" for c in name)
     )
 
 

@@ -21,6 +21,7 @@ from dittools.pipelines.batch_run import Maker
 from dittools.pipelines.demo import DEMO_DEFAULTS
 from dittools.pipelines.output import write_text
 from dittools.pipelines.session import FPS, Request, settings_of, target_of
+from dittools.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,10 @@ def known_prompts(folder: Path) -> dict[str, str]:
     """
     try:
         if (folder / "prompts.json").is_file():
-            index = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+            index = read_json(folder / "prompts.json")
             return {Path(name).stem: str(prompt) for name, prompt in index.items()}
         if (folder / "report.json").is_file():
-            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            report = read_json(folder / "report.json")
             prompt = str(report["settings"]["prompt"])
             return dict.fromkeys(("clip", "dense", "accelerated"), prompt)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

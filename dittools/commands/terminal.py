@@ -1,6 +1,5 @@
 """What every command shares: consoles, progress, and the reading of options."""
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dittools.errors import InputError
+from dittools.reading import parse_json
 
 errors = Console(stderr=True, soft_wrap=True)
 console = Console()
@@ -33,8 +33,8 @@ def pairs(given: list[str]) -> dict[str, Any]:
         if not equals or not name:
             raise InputError("--set is not usable", expected="NAME=VALUE", got=repr(item))
         try:
-            found[name.strip()] = json.loads(text)
-        except json.JSONDecodeError:
+            found[name.strip()] = parse_json(text)
+        except ValueError:
             found[name.strip()] = text
     return found
 

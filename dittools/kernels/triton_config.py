@@ -4,7 +4,6 @@ A table named by the environment variable DITTOOLS_TRITON_TUNING is read before 
 `bench/gpu.py --tune` writes one.
 """
 
-import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dittools.errors import UnsupportedCall
+from dittools.reading import read_json
 
 
 class Config(NamedTuple):
@@ -47,7 +47,12 @@ def load_tuning(path: Path) -> int:
     Raises:
         UnsupportedCall: an entry is malformed, or a tile does not divide its block.
     """
-    table = json.loads(path.read_text())
+    try:
+        table = read_json(path)
+        if not isinstance(table, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise UnsupportedCall(f"cannot read the tuning table {path}", got=str(error)) from error
     for key, numbers in table.items():
         try:
             config = Config(*(int(n) for n in numbers))

@@ -3,7 +3,6 @@
 Preprocessing is plain torch, since the packaged image processors need torchvision.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 from dittools.errors import InputError
 from dittools.metrics.clips import Pixels
+from dittools.reading import MOST_TENSORS, check_file, read_json
 
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 CLIP_TYPES = ("clip", "clip_vision_model")
@@ -214,7 +214,7 @@ def _model_type(folder: Path, family: str) -> str:
     wanted = CLIP_TYPES if family == "clip" else DINO_TYPES
     path = _folder(folder) / "config.json"
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        kind = read_json(path).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{folder} holds no {family} model", expected="a readable config.json"
@@ -231,6 +231,7 @@ def _model_type(folder: Path, family: str) -> str:
 def _state(path: Path, what: str) -> dict[str, torch.Tensor]:
     """Return a state dict; never unpickles code."""
     try:
+        check_file(path, MOST_TENSORS)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 

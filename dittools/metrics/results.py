@@ -1,7 +1,6 @@
 """The results file: versioned, and carrying what is needed to judge two of them side by side."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -15,10 +14,43 @@ import torch
 
 from dittools import system
 from dittools.errors import InputError
+from dittools.reading import misfit, read_json, within
 
 FORMAT = "dittools-bench"
 VERSION = 1
-REQUIRED = ("created", "hardware", "versions", "git", "run", "cases")
+_SPREAD = dict.fromkeys(("median", "p20", "p80"), float)
+_FIDELITY = {
+    "psnr_db": float,
+    "ssim": float,
+    "ms_ssim?": (float, None),
+    "frame_psnr_db": [float],
+}
+_SCORE = {"all": bool}
+_CASE = {
+    "name": str,
+    "plan_checksum": str,
+    "density": float,
+    "total_ms": _SPREAD,
+    "parts_ms": {"*": _SPREAD},
+    "peak_bytes": (float, None),
+    "speedup": _SPREAD,
+    "limit_ms": (float, None),
+    "bound": float,
+    "bound_at_density": float,
+    "fidelity": (_FIDELITY, None),
+    "prompt_score": (_SCORE, None),
+    "clip": str,
+}
+_FLOOR = {**_FIDELITY, "density?": (float, None), "prompt_score?": (_SCORE, None)}
+_SHAPE = {
+    "created": str,
+    "hardware": dict,
+    "versions": dict,
+    "git": dict,
+    "run": {"model": str, "*": Any},
+    "cases": [_CASE],
+    "floors?": {"*": _FLOOR},
+}
 
 # What must agree for two runs to be compared: key in "run" -> how a person calls it.
 SAME_RUN = {
@@ -78,7 +110,7 @@ def load_results(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read, is no results file, or is of a newer version.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read results from {path}",
@@ -95,10 +127,20 @@ def load_results(path: Path) -> dict[str, Any]:
             got=repr(found.get("version")),
             remedy="measure again",
         )
-    missing = [key for key in REQUIRED if key not in found]
-    if missing or not found["cases"]:
-        raise InputError(f"{path} is incomplete", expected=", ".join(missing) or "a case")
-    return found
+    wrong = misfit(found, _SHAPE, "the file") or ("" if found["cases"] else "the file has no case")
+    if wrong:
+        raise InputError(f"{path} is incomplete", got=wrong, remedy="measure again")
+    parts = [set(case["parts_ms"]) for case in found["cases"]]
+    if any(names != parts[0] for names in parts):
+        raise InputError(f"{path} is incomplete", expected="the same parts in every case")
+    for case in found["cases"]:
+        try:
+            within(path.parent, case["clip"])
+        except ValueError as error:
+            raise InputError(
+                f"{path} names a clip elsewhere", expected="clips beside the file", got=str(error)
+            ) from error
+    return dict(found)
 
 
 def reasons_not_comparable(first: dict[str, Any], other: dict[str, Any]) -> list[str]:

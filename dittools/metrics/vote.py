@@ -13,6 +13,7 @@ from typing import Any
 
 from dittools.errors import InputError
 from dittools.metrics.results import write_atomic
+from dittools.reading import read_json
 
 FORMAT = "dittools-votes"
 VERSION = 1
@@ -173,7 +174,7 @@ def wilson(successes: int, total: int, confidence: float = 0.95) -> tuple[float,
 
 def _load(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         votes = found["votes"]
         good = found["format"] == FORMAT and found["version"] == VERSION
         good = good and all(value in ("first", "second", "same") for value in votes.values())

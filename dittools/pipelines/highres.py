@@ -30,6 +30,7 @@ from dittools.pipelines.rungs import Climb, Enlarged, Recipe, Weights, token
 from dittools.pipelines.tail import Step
 from dittools.plans import Plan
 from dittools.plans.plan import Rule
+from dittools.reading import MOST_TENSORS, check_file
 
 
 def highres(
@@ -216,13 +217,14 @@ def _loaded(weights: Weights | str | Path | None) -> Weights | None:
     from safetensors.torch import load_file
 
     try:
+        check_file(weights, MOST_TENSORS)
         found: Weights = load_file(str(weights))
         return found
     except Exception as error:  # the reader has an error type per kind of damage
         raise InputError(
             f"cannot read weights from {weights}",
             expected="a clear_*.safetensors file",
-            got=str(error).splitlines()[0],
+            got=(str(error).splitlines() or [type(error).__name__])[0],
         ) from error
 
 

@@ -1,21 +1,41 @@
 """A head atlas being edited: which candidate every head runs, and the plan that makes."""
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
 from dittools.errors import InputError
 from dittools.methods import build
 from dittools.plans import ModelFacts, Plan, Rule
+from dittools.reading import misfit, read_json
 
 SCOPES = ("this head", "the whole layer", "every head of this class")
 EVERY = -1  # stands for all step ranges
 Pair = tuple[int, int]  # candidates of the cond and the uncond branch
 Run = tuple[int, tuple[int, ...], tuple[int, int]]  # candidate, heads, (first, last) step range
 Branch = Literal["all", "cond", "uncond"]
-_KEYS = ("layers", "heads", "ranges", "range_steps", "bands", "uniform", "candidates", "cells")
+MOST_ATLAS_BYTES = 128_000_000  # 40 layers, 40 heads and 4 step ranges take 15 MB
+_CELL = {
+    **dict.fromkeys(("layer", "range", "head", "choice"), int),
+    "class": str,
+    "bands": [float],
+    "choices?": [int],
+    "error": [(float, None)],
+    "map": [int],
+}
+_ATLAS = {
+    **dict.fromkeys(("layers", "heads"), int),
+    "ranges": [float],
+    "range_steps": [int],
+    "bands": [str],
+    "uniform": [float],
+    "candidates": [{"name": str, "method": str, "params": (dict, None), "density": float}],
+    "cells": [_CELL],
+    "model": {"class": str, **dict.fromkeys(("layers", "heads", "head_dim"), int)},
+}
 
 
 @dataclass(frozen=True)
@@ -216,19 +236,49 @@ def read_atlas(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, or is no atlas with a model.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, MOST_ATLAS_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the atlas {path.name}",
             got=getattr(error, "strerror", None) or "no JSON",
             remedy="make the atlas again",
         ) from error
-    missing = [key for key in (*_KEYS, "model") if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise InputError(f"{path.name} is no head atlas", expected=", ".join(missing))
+    wrong = misfit(found, _ATLAS, "the atlas")
+    if wrong:
+        raise InputError(f"{path.name} is no head atlas", got=wrong)
     count = found["layers"] * found["heads"] * (len(found["ranges"]) - 1)
-    if len(found["cells"]) != count:
+    if len(found["cells"]) != count or min(found["layers"], found["heads"], count) < 1:
         raise InputError(
             f"{path.name} is incomplete", expected=f"{count} cells", got=str(len(found["cells"]))
         )
+    wrong = _disagreement(found)
+    if wrong:
+        raise InputError(f"{path.name} does not agree with itself", got=wrong)
     return dict(found)
+
+
+def _disagreement(found: dict[str, Any]) -> str:
+    """Return the first part of an atlas that does not fit the others, "" where all do."""
+    edges, steps, known = found["ranges"], found["range_steps"], len(found["candidates"])
+    if len(steps) != len(edges) - 1 or min(steps) < 0 or not any(steps):
+        return "steps of the ranges"
+    if edges[0] != 0 or edges[-1] != 1 or any(a >= b for a, b in pairwise(edges)):
+        return "edges of the ranges"
+    if len(found["bands"]) != len(found["uniform"]):
+        return "bands"
+    sizes = product(range(found["layers"]), range(len(steps)), range(found["heads"]))
+    for place, cell in zip(sizes, found["cells"], strict=True):
+        chosen = cell.get("choices") or [cell["choice"]] * 2
+        side = math.isqrt(len(cell["map"]))
+        if (
+            place != (cell["layer"], cell["range"], cell["head"])
+            or len(chosen) != 2
+            or not all(0 <= candidate < known for candidate in (*chosen, cell["choice"]))
+            or len(cell["error"]) != known
+            or len(cell["bands"]) != len(found["bands"])
+            or side < 1
+            or side * side != len(cell["map"])
+            or not all(0 <= level <= 255 for level in cell["map"])
+        ):
+            return "the cell of layer {}, step range {}, head {}".format(*place)
+    return ""

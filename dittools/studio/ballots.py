@@ -15,6 +15,7 @@ from typing import Any
 from dittools.errors import DitToolsError, InputError
 from dittools.metrics.results import load_results
 from dittools.metrics.vote import Tally, Trial, VoteBox, trials
+from dittools.reading import read_json
 from dittools.studio.runs import Run, RunStore
 
 DENSE = "dense"
@@ -76,7 +77,7 @@ def _generated(run: Run) -> list[Entry]:
     report, clip, dense = (run.path(name) for name in ("report", "accelerated", "dense"))
     if report is None or clip is None or dense is None or not (clip.exists() and dense.exists()):
         return []
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = read_json(report)
     digest = _plan_digest(run) or run.id
     return [
         Entry(

@@ -1,6 +1,5 @@
 """The comparison report of `dittools bench compare`, made from runs of the history."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from dittools.commands.compare_page import compare_page
 from dittools.errors import InputError
 from dittools.metrics.latency import Spread
 from dittools.metrics.results import FORMAT, VERSION, load_results
+from dittools.reading import read_json
 from dittools.studio.runs import Run
 
 Document = tuple[Path, dict[str, Any]]
@@ -43,7 +43,7 @@ def document_of(run: Run) -> Document:
     if run.kind != "generate" or report is None or not can_compare(run):
         raise InputError(f"run {run.id} holds nothing to compare", expected="a dense clip too")
     try:
-        content = json.loads(report.read_text(encoding="utf-8"))
+        content = read_json(report)
         return run.folder / run.id, _converted(content, run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

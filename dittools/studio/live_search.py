@@ -8,6 +8,7 @@ from typing import Any
 from dittools.errors import InputError
 from dittools.pipelines.generate import Settings
 from dittools.pipelines.output import write_text
+from dittools.reading import misfit, read_json
 from dittools.searching.api import make_request, search
 from dittools.searching.candidates import NEVER
 from dittools.searching.estimate import Estimate, estimate
@@ -21,6 +22,21 @@ TARGETS = {  # what a person picks -> keyword of `search`, unit
     "density": ("target_density", "share of query-key pairs, 0 to 1"),
     "PSNR": ("min_psnr", "dB against dense, at least"),
     "speed-up": ("target_speedup", "times as fast as dense"),
+}
+_POINT = {"density": float, "psnr_db": float}
+_FRONTIER = {
+    "predicted": [_POINT],
+    "singles": [
+        {
+            "method": str,
+            "name": str,
+            "density": float,
+            "predicted_db": float,
+            "held_out": ({"psnr_db": float}, None),
+        }
+    ],
+    "trials": [_POINT],
+    "chosen": _POINT,
 }
 WORK = "search-work"  # below the run folder: finished units, so that a stopped search goes on
 
@@ -171,14 +187,17 @@ def read_frontier(path: Path) -> dict[str, Any]:
         InputError: the file cannot be read or is no frontier.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            "curve": found["predicted"],
-            "singles": found["singles"],
-            "trials": found["trials"],
-            "chosen": found["chosen"],
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read {path.name}", got=type(error).__name__, remedy="search again"
         ) from error
+    wrong = misfit(found, _FRONTIER, "the frontier")
+    if wrong:
+        raise InputError(f"cannot read {path.name}", got=wrong, remedy="search again")
+    return {
+        "curve": found["predicted"],
+        "singles": found["singles"],
+        "trials": found["trials"],
+        "chosen": found["chosen"],
+    }

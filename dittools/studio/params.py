@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from dittools.errors import InputError
 from dittools.methods import METHODS, build
+from dittools.reading import parse_json
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def from_text(text: str) -> Any:
     """Read what `as_text` writes, or JSON."""
     text = text.strip()
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError:
         pass
     if "," in text and not text.startswith(("[", "{")):

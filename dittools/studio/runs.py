@@ -1,6 +1,5 @@
 """The history: one folder per run, and a run.json in it once the run is whole."""
 
-import hashlib
 import json
 import re
 import secrets
@@ -12,6 +11,7 @@ from typing import Any
 
 from dittools.errors import InputError
 from dittools.pipelines.output import write_text
+from dittools.reading import digest, is_plain_name, read_json
 
 FORMAT = "dittools-run"
 VERSION = 1
@@ -103,7 +103,7 @@ class RunStore:
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "facts": facts,
             "files": {name: path.name for name, path in files.items()},
-            "sha256": {path.name: _digest(path) for path in files.values()},
+            "sha256": {path.name: digest(path) for path in files.values()},
         }
         write_text(folder / "run.json", json.dumps(content, indent=1, ensure_ascii=False))
         return self.open(folder.name)
@@ -136,12 +136,12 @@ class RunStore:
         if not _ID.fullmatch(run_id) or not (folder / "run.json").is_file():
             raise InputError("there is no such run", got=repr(run_id))
         try:
-            content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            content = read_json(folder / "run.json")
             good = content["format"] == FORMAT and content["version"] == VERSION
             kind, title, created = (str(content[name]) for name in ("kind", "title", "created"))
             facts, files = dict(content["facts"]), dict(content["files"])
             digests = dict(content["sha256"])
-            good = good and all(Path(name).name == name for name in files.values())
+            good = good and all(is_plain_name(name) for name in files.values())
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"run {run_id} is damaged", got=type(error).__name__) from error
         if not good:
@@ -155,16 +155,12 @@ class RunStore:
         problems = []
         for name in run.files.values():
             path = run.folder / name
-            if not path.is_file():
+            if not path.is_file() or not self.owns(path):
                 problems.append(f"{name} is missing")
-            elif _digest(path) != run.digests.get(name):
+            elif digest(path) != run.digests.get(name):
                 problems.append(f"{name} has changed since the run")
         return problems
 
     def owns(self, path: Path) -> bool:
         """Return whether a path lies inside the run folder, links followed."""
         return path.resolve().is_relative_to(self.root)
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

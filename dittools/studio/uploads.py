@@ -1,12 +1,12 @@
 """Plans that people upload: data, small, and read by the same checks as any plan file."""
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from dittools.errors import InputError, PlanError
 from dittools.plans import Plan
+from dittools.reading import check_file, is_plain_name, read_bytes, read_json
 
 MOST_PLAN_BYTES = 1_000_000  # of the JSON; a plan of a 60-layer model has about 100 kB
 MOST_TENSOR_BYTES = 64_000_000
@@ -28,22 +28,23 @@ def read_plan(paths: Sequence[str | Path]) -> Plan:
             "no plan was uploaded", expected="one .json file, and its .safetensors", got=names
         )
     for path, most in ((plans[0], MOST_PLAN_BYTES), *((t, MOST_TENSOR_BYTES) for t in tensors)):
-        size = path.stat().st_size
-        if size > most:
+        try:
+            check_file(path, most)
+        except (OSError, ValueError) as error:
             raise InputError(
-                f"{path.name} is too large", expected=f"at most {most} bytes", got=str(size)
-            )
+                f"{path.name} is too large or no file",
+                expected=f"at most {most} bytes",
+                got=str(error),
+            ) from error
     with tempfile.TemporaryDirectory() as folder:
         named = _tensor_file(plans[0])
         copies = [Path(folder) / plans[0].name]
-        copies[0].write_bytes(plans[0].read_bytes())
+        copies[0].write_bytes(read_bytes(plans[0], MOST_PLAN_BYTES))
         # pages store uploads under names of their own, so the plan's word for the file counts
-        if tensors and named and Path(named).name == named:
-            (Path(folder) / named).write_bytes(tensors[0].read_bytes())
+        if tensors and is_plain_name(named) and named != copies[0].name:
+            (Path(folder) / named).write_bytes(read_bytes(tensors[0], MOST_TENSOR_BYTES))
         try:
             return Plan.load(copies[0])
-        except RecursionError as error:
-            raise PlanError(f"{plans[0].name} is nested too deeply", expected="a plan") from error
         except PlanError as error:
             raise PlanError(str(error).replace(f"{folder}/", "")) from error
 
@@ -51,11 +52,11 @@ def read_plan(paths: Sequence[str | Path]) -> Plan:
 def _tensor_file(path: Path) -> str:
     """Return the name a plan gives its tensors, "" without; refuses plans that name other files."""
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path, MOST_PLAN_BYTES)
         rules, named = content.get("rules", []), content.get("tensors", {}).get("file", "")
         texts = [value for rule in rules for key, value in rule.get("params", {}).items()
                  if key == "tables" and isinstance(value, str) and value]  # fmt: skip
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return ""  # `Plan.load` says what is wrong, in its own words
     if texts:
         raise InputError(

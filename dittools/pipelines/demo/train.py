@@ -17,7 +17,7 @@ from typing import Annotated
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dittools.metrics.scene import MOTIONS
 from dittools.pipelines.demo import codec as codec_module
@@ -33,6 +33,7 @@ from dittools.pipelines.demo.clips import (
 )
 from dittools.pipelines.demo.pack import stored_bytes, write_pipeline
 from dittools.pipelines.demo.score import ScoreTable, score_pipeline
+from dittools.reading import parse_json, read_tensors
 
 log = logging.getLogger(__name__)
 
@@ -232,13 +233,11 @@ class Run:
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             return
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        tensors = load_file(path)
+        tensors, notes = read_tensors(path)
         live = {k.removeprefix("live."): v for k, v in tensors.items() if k.startswith("live.")}
         self.learner.load_state_dict(live, strict=False)
         self.average = {name: tensors[f"average.{name}"] for name in self.average}
-        self.done = json.loads(header["__metadata__"]["done"])
+        self.done = parse_json(notes["done"])
 
 
 def main(
