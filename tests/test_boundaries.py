@@ -12,7 +12,7 @@ CORE = {"errors", "grid", "order", "mask", "tiling", "call", "flex_mask", "readi
 BELOW_ALL = {"errors", "reading", "system"}  # know nothing of attention
 LAYERS = [
     *("core", "kernels", "methods", "plans", "patches", "pipelines", "searching"),
-    *("top", "studio", "entry"),
+    *("serving", "top", "studio", "entry"),
 ]
 # modules outside the layer folders; functional and doctor sit above what they call
 TOP = {"__init__", "doctor", "functional", "commands"}

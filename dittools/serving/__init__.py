@@ -1,0 +1,1 @@
+"""Adapters to serving engines; dittools has no server of its own."""
