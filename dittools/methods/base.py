@@ -1,5 +1,6 @@
 """What a method is, how its parameters are described and checked, and how its mask is run."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import lru_cache
@@ -233,6 +234,16 @@ def attend_per_item(
     if bias is not None:
         bias = bias.expand(batch, heads, -1).reshape(1, batch * heads, -1)
     q, k, v = fold(call.query), fold(call.key), fold(call.value)
-    out = run(replace(call, query=q, key=k, value=v, key_mask=None, key_bias=bias))
+    peers = None if call.peers is None else call.peers.folded(batch)
+    out = run(replace(call, query=q, key=k, value=v, key_mask=None, key_bias=bias, peers=peers))
     item: torch.Tensor = out[0]
     return item.view(item.shape[0], batch, heads, item.shape[2]).transpose(0, 1)
+
+
+def tell(backend: Backend, reason: str) -> None:
+    """Let the report say why part of a call did not run as planned; warn where there is no report."""
+    note = getattr(backend, "note", None)
+    if note is None:
+        warnings.warn(reason, stacklevel=3)
+    else:
+        note(reason)

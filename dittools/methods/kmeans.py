@@ -4,6 +4,7 @@ Source: the Euclidean k-means of svg-project/Sparse-VideoGen. Differences: the f
 drawn from a generator of our own, without repeats, the same tokens for every head.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,11 @@ def drawn_tokens(points: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 
 def kmeans(
-    points: torch.Tensor, centroids: torch.Tensor, iterations: int, tolerance: float = 1e-4
+    points: torch.Tensor,
+    centroids: torch.Tensor,
+    iterations: int,
+    tolerance: float = 1e-4,
+    of_all_heads: Callable[[torch.Tensor], torch.Tensor] = lambda shift: shift,
 ) -> Clusters:
     """Return the clusters after so many rounds, or when no centroid moves by `tolerance` any more.
 
@@ -47,13 +52,14 @@ def kmeans(
         centroids: [H, K, D] to start from.
         iterations: rounds of assigning and moving, at least 1.
         tolerance: Euclidean distance.
+        of_all_heads: takes float [H] to those of all heads, where other processes hold some.
     """
     for done in range(1, iterations + 1):
         labels = nearest(points, centroids)
         sums, sizes = cluster_sums(points, labels, centroids.shape[1])
         means = sums / sizes.clamp(min=1)[..., None].to(sums.dtype)
         moved = torch.where(sizes[..., None] > 0, means, centroids)
-        shift = (moved - centroids).norm(dim=-1).max()
+        shift = of_all_heads((moved - centroids).norm(dim=-1).amax(-1)).max()
         centroids = moved
         if done < iterations and float(shift) < tolerance:
             break

@@ -76,8 +76,8 @@ class PARO:
     def not_supported(self, call: AttentionCall) -> list[str]:
         """Lists of orders and calibrated tables must fit the call."""
         reasons = []
-        if isinstance(self.order, tuple) and len(self.order) != call.head_count:
-            reasons.append(f"paro lists {len(self.order)} orders for {call.head_count} heads")
+        if isinstance(self.order, tuple) and len(self.order) != call.method_heads:
+            reasons.append(f"paro lists {len(self.order)} orders for {call.method_heads} heads")
         if self.tables:
             reasons += self._loaded().misfit(call)
         return reasons
@@ -128,12 +128,17 @@ class PARO:
         blocks = grid.blocks(self.block_size)
         keep = torch.zeros((call.head_count, blocks, blocks), dtype=torch.bool, device=device)
         video = mass.shape[1]
-        keep[:, :video, :video] = keep_share(mass, self.density, self.per_head)
+        if self.per_head:
+            keep[:, :video, :video] = keep_share(mass, self.density, True)
+        else:  # one threshold for all heads, those of other processes too
+            kept = keep_share(call.of_all_heads(mass), self.density)
+            keep[:, :video, :video] = kept if call.peers is None else kept[list(call.places)]
         return row_mask(keep, grid, self.block_size, order)
 
     def _orders(self, call: AttentionCall) -> list[int]:
         if isinstance(self.order, tuple):
-            return [NAMES.index(n) for n in self.order]
+            names = self.order  # places past them belong to further items of a batch
+            return [NAMES.index(names[place % len(names)]) for place in call.places]
         if self.order != "auto":
             return [NAMES.index(self.order)] * call.head_count
         distinct = distinct_orders(call.grid)

@@ -41,7 +41,10 @@ class RandomBlocks:
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return [B, S, H, D] in the dtype of call.query."""
-        mask = self.mask(call.grid, call.head_count, call.layer).to(call.query.device)
+        mask = self.mask(call.grid, call.method_heads, call.layer)
+        if call.peers is not None:
+            mask = mask.heads(list(call.places))
+        mask = mask.to(call.query.device)
         return attend_masked(call, backend, mask)
 
 

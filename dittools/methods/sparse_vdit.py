@@ -56,10 +56,9 @@ class SparseVDiT:
 
     def not_supported(self, call: AttentionCall) -> list[str]:
         """A list of modes must have one entry per head."""
-        if isinstance(self.mode, tuple) and len(self.mode) != call.head_count:
-            return [
-                f"sparse_vdit lists {len(self.mode)} modes, the call has {call.head_count} heads"
-            ]
+        heads = call.method_heads
+        if isinstance(self.mode, tuple) and len(self.mode) != heads:
+            return [f"sparse_vdit lists {len(self.mode)} modes, the call has {heads} heads"]
         return []
 
     def mask(self, grid: TokenGrid, mode: str = "") -> BlockMask:
@@ -77,7 +76,7 @@ class SparseVDiT:
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return [B, S, H, D]; heads that share a mode run as one launch."""
         if isinstance(self.mode, tuple):
-            return self._attend_modes(call, backend, self.mode)
+            return self._attend_modes(call, backend, [self.mode[place] for place in call.places])
         if self.mode != "auto":
             return self._attend_mode(call, backend, self.mode)
         key = f"sparse_vdit {self} {call.grid} {call.head_count}"
@@ -138,7 +137,8 @@ def _try_modes(
     call: AttentionCall, backend: Backend, method: SparseVDiT
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     outputs = [backend.dense(call)]
-    norm = outputs[0].double().square().sum(dim=(0, 1, 3)).mean().clamp(min=1e-30)
+    norms = call.of_all_heads(outputs[0].double().square().sum(dim=(0, 1, 3)))
+    norm = norms.mean().clamp(min=1e-30)
     losses = [torch.full((call.head_count,), float("inf"), dtype=torch.float64)]
     for mode in MODES[1:]:
         out = method._attend_mode(call, backend, mode)

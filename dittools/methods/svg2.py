@@ -103,20 +103,25 @@ class SVG2:
             count = max(1, min(most, grid.tokens // least))
             rounds = self.rounds
             if known is None:
-                known, rounds = self._first(points, count)
-            clusters = kmeans(points, known.to(wide), rounds)
+                known, rounds = self._first(call, points, count)
+            start_at = known.to(wide)
+            clusters = kmeans(points, start_at, rounds, of_all_heads=call.of_all_heads)
             found.append(clusters)
             kept.append(clusters.centroids.to(part.dtype))  # half the memory in half precision
         call.memory[self._key(call)] = tuple(kept)
         return found[0], found[1]
 
-    def _first(self, points: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
+    def _first(
+        self, call: AttentionCall, points: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, int]:
         """Return centroids to start from and the rounds that all tokens of [H, N, D] still need."""
         drawn = drawn_tokens(points, count, self.seed)
         sample, before = count * self.first_sample, self.first_rounds - self.rounds
         if before < 1 or not 0 < sample < points.shape[1]:
             return drawn, self.first_rounds
-        return kmeans(drawn_tokens(points, sample, self.seed), drawn, before).centroids, self.rounds
+        some = drawn_tokens(points, sample, self.seed)
+        found = kmeans(some, drawn, before, of_all_heads=call.of_all_heads)
+        return found.centroids, self.rounds
 
     def _key(self, call: AttentionCall) -> str:
         shape = tuple(call.query.shape[1:])

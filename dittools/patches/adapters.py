@@ -25,6 +25,8 @@ class Layout:
         rows: geometry of each row of the batch where rows differ; a row shorter than the sequence
             is padded at its end.
         levels: `grids` are levels of one picture, the finest first.
+        streams: lengths of the parts of the sequence that enter the denoiser one by one, so that
+            context parallelism splits them one by one; in the order of the sequence.
     """
 
     grids: tuple[TokenGrid, ...]
@@ -32,6 +34,7 @@ class Layout:
     text_up_to: int = 0
     rows: tuple[TokenGrid, ...] = ()
     levels: bool = False
+    streams: tuple[int, ...] = ()
 
     def place(self, path: str, tokens: int) -> TokenGrid | None:
         """Return the geometry of a sequence of that length at a site, None when none fits."""

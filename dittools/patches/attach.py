@@ -82,6 +82,7 @@ class Attachment:
         """Return what happened since attaching or `reset`; waits for pending CUDA work."""
         family = f"{self._family.name} ({', '.join(dict.fromkeys(self._classes))})"
         notes = [*self._notes, *self._family.notes, *_remarks(self.plan)]
+        notes += [self.runtime.ranks] if self.runtime.ranks else []
         found = summarise(self.runtime, self._roots, self._live(), family, self._source, notes)
         return replace(found, guidance=guidance_report([root.guide for root in self._roots]))
 

@@ -101,7 +101,7 @@ def take_seen(site: Site, query: torch.Tensor, grid: TokenGrid) -> dict[str, tor
     for name, caught in site.seen.items():
         tensor: torch.Tensor | None = caught
         if name == "unrotated":
-            tensor = _by_head(caught, (grid.tokens, grid.total), heads, width)
+            tensor = by_head(caught, (grid.tokens, grid.total), heads, width)
         if tensor is None or tensor.dim() < 3 or tensor.shape[0] != batch:
             continue
         if tensor.shape[1] == grid.tokens:
@@ -112,7 +112,7 @@ def take_seen(site: Site, query: torch.Tensor, grid: TokenGrid) -> dict[str, tor
     return found
 
 
-def _by_head(
+def by_head(
     tensor: torch.Tensor, lengths: tuple[int, int], heads: int, width: int
 ) -> torch.Tensor | None:
     """Return a query as [B, S, H, D], whatever its layout."""

@@ -40,10 +40,7 @@ def perturb(
         UnsupportedCall: a mask or a split sequence that cannot be perturbed.
     """
     if call.options.get("parallel_config") is not None:
-        raise UnsupportedCall(
-            "HeadHunter does not run under context parallelism",
-            remedy="generate on one device, or detach the guidance",
-        )
+        raise split_refusal()
     whole = repeated(call)
     if spec.mode == "image" and any(grid.text for grid in grids):
         out = plain(call, None)
@@ -83,6 +80,14 @@ def computed_heads(rules: Sequence[HeadRule], selected: tuple[int, ...]) -> tupl
         if rest:
             kept |= rest if method.name in HEADWISE else set(heads)
     return tuple(sorted(kept))
+
+
+def split_refusal() -> UnsupportedCall:
+    """Return the error for a sequence that is split over devices."""
+    return UnsupportedCall(
+        "HeadHunter does not run under context parallelism",
+        remedy="generate on one device, or detach the guidance",
+    )
 
 
 def restricted(rules: Sequence[HeadRule], kept: tuple[int, ...]) -> list[HeadRule]:

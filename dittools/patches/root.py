@@ -15,7 +15,8 @@ from dittools.patches.guide import BRANCH, Guide
 from dittools.patches.inputs import lacking, take_seen
 from dittools.patches.masks import KeyMask, key_mask
 from dittools.patches.meter import DENSE_IS_FASTER, Meter
-from dittools.patches.perturb import restricted
+from dittools.patches.parallel import Parallel
+from dittools.patches.perturb import restricted, split_refusal
 from dittools.patches.refusals import (
     KEEPS_ALL,
     NOT_FINITE,
@@ -41,6 +42,7 @@ class Root:
         self.branch_name: Callable[[], str | None] = lambda: None
         self.moment: Moment | None = None
         self.guide: Guide | None = None
+        self._parallel = Parallel(self)
         self._unnamed: tuple[int, int] = (-1, 0)  # step, unnamed forwards seen in it
         self._signatures: weakref.WeakKeyDictionary[type, inspect.Signature] = (
             weakref.WeakKeyDictionary()
@@ -103,6 +105,10 @@ class Root:
         if moment is None or call.query.dim() != 4 or tokens != call.key.shape[axis]:
             tally.passed += 1
             return call.dense()
+        if call.options.get("parallel_config") is not None:
+            if self.guide is not None and self.guide.is_perturbing:
+                raise split_refusal()
+            return self._parallel.attend(site, call, moment, tally)
         grids = _place(moment.layout, site, call, tokens)
         if not grids:
             tally.passed += 1
@@ -194,7 +200,8 @@ class Root:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         if k.shape[2] != q.shape[2] and q.shape[2] % k.shape[2] == 0:
             k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
-        if self.runtime.check_finite and not is_finite(q, k, v):
+        shard = call.shard
+        if not (shard.is_finite if shard else not self.runtime.check_finite or is_finite(q, k, v)):
             return None, NOT_FINITE
         mask = self._key_mask(call.options.get("attn_mask"), q, moment)
         if mask.reason:
@@ -214,6 +221,7 @@ class Root:
                 scale=call.options.get("scale"),
                 key_mask=mask.keep,
                 memory=self.runtime.recall(key, (q.shape, q.dtype, q.device, grid)),
+                head_index=shard.heads if shard else (),
                 full=moment.layout.grids[0] if moment.layout and moment.layout.levels else None,
                 features=seen.get("features"),
                 unrotated=seen.get("unrotated"),
@@ -247,6 +255,8 @@ class Root:
         groups = []
         for heads, method in rules:
             part = whole.heads(heads) if len(rules) > 1 else whole
+            if call.shard is not None:
+                part = call.shard.part(part, whole)
             reasons = []
             if method.name != "dense":
                 reasons = method.not_supported(part) or lacking(method, part)

@@ -80,6 +80,7 @@ class Runtime:
         self.steps_seen: set[int] = set()
         self.forwards: Counter[str] = Counter()  # by component
         self.grids: set[TokenGrid] = set()
+        self.ranks = ""  # of a context-parallel group, in words
 
     def tally(self, site: Site) -> Tally:
         """Return the counts of a site."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from dittools.patches.parallel import Shard
     from dittools.patches.root import Root
 
 SITE_ATTRIBUTE = "_dit_site"
@@ -55,6 +56,7 @@ class SeamCall:
         query: [B, S, H, D] or [B, H, S, D], as the original takes it; key and value alike.
         options: every further argument by name.
         number: of the original in ORIGINALS.
+        shard: which heads these are, where other processes hold the rest; else None.
     """
 
     query: torch.Tensor
@@ -62,6 +64,7 @@ class SeamCall:
     value: torch.Tensor
     options: dict[str, Any]
     number: int
+    shard: "Shard | None" = None
 
     def dense(self) -> torch.Tensor:
         """Return what the stock pipeline would compute, in its own layout."""
@@ -73,7 +76,7 @@ class SeamCall:
         q, k, v = (
             t[index : index + 1].narrow(axis, 0, tokens) for t in (self.query, self.key, self.value)
         )
-        return SeamCall(q, k, v, {**self.options, "attn_mask": None}, self.number)
+        return SeamCall(q, k, v, {**self.options, "attn_mask": None}, self.number, self.shard)
 
     @property
     def heads_first(self) -> bool:

@@ -23,9 +23,10 @@ def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
         _SIZES[ids] = image_size(ids)
     height, width, others = _SIZES[ids]
     text = argument(arguments, "encoder_hidden_states").shape[1]
+    streams = (text, height * width + others)
     if arguments.get("kv_cache_mode") is not None:  # Flux.2 KV puts reference images first
         text, others = text + others, 0
-    return Layout((TokenGrid(1, height, width, text, others),))
+    return Layout((TokenGrid(1, height, width, text, others),), streams=streams)
 
 
 def image_size(ids: torch.Tensor) -> tuple[int, int, int]:

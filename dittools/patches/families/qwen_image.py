@@ -17,7 +17,8 @@ def layout(arguments: Mapping[str, Any], denoiser: torch.nn.Module) -> Layout:
     frames, height, width = (int(side) for side in images[0])
     others = sum(int(f) * int(h) * int(w) for f, h, w in images[1:])
     text = argument(arguments, "encoder_hidden_states").shape[1]
-    return Layout((TokenGrid(frames, height, width, text, others),))
+    grid = TokenGrid(frames, height, width, text, others)
+    return Layout((grid,), streams=(text, grid.tokens + others))
 
 
 FAMILY = register_family(
