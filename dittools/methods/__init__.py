@@ -10,6 +10,7 @@ from dittools.methods.clear import Clear
 from dittools.methods.dense import Dense
 from dittools.methods.freeswim import FreeSwim
 from dittools.methods.gna import GNA
+from dittools.methods.metered import Metered
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import PARO
 from dittools.methods.presets import ALIASES, DEFAULT_DENSE_STEPS, PUBLISHED
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Any]] = {
         FreeSwim,
         Agent,
         ToMe,
+        Metered,
         RandomBlocks,
         OracleTopK,
     )

@@ -241,7 +241,7 @@ def attend_per_item(
 
 
 def tell(backend: Backend, reason: str) -> None:
-    """Let the report say why part of a call did not run as planned; warn where there is no report."""
+    """Let the report say why part of a call did not run as planned; a warning without one."""
     note = getattr(backend, "note", None)
     if note is None:
         warnings.warn(reason, stacklevel=3)

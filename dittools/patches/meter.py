@@ -39,7 +39,12 @@ class Meter:
         self.used: set[str] = set()
         self.was_sparse = False
         self.declined = False  # dense was faster
+        self.notes: list[str] = []  # what a method has to say of this call
         self._pairs: list[tuple[float, float | torch.Tensor]] = []  # pairs of a call, share kept
+
+    def note(self, reason: str) -> None:
+        """Keep a reason for the report."""
+        self.notes.append(reason)
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """What the backend says."""
