@@ -123,11 +123,10 @@ def fuzz(plans: int, seed: int) -> dict[str, Any]:
     """Return what became of that many damaged plans."""
     torch.set_num_threads(1)
     guard, found, escapes = Guard(), Counter[str](), []
-    with tempfile.TemporaryDirectory() as scratch:
-        outside = Path(scratch) / "secret.safetensors"
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as elsewhere:
+        outside = Path(elsewhere) / "secret.safetensors"
         outside.write_bytes(b"not yours")
-        folder = Path(scratch) / "plan"
-        folder.mkdir()
+        folder = Path(scratch)
         for files in seeds():  # valid ones load, and late imports are done
             lay_out(Steady(), folder, files, outside)
             use(folder, runs=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,17 +240,21 @@ class Guard:
 
     @contextmanager
     def watching(self, folder: Path) -> Iterator[None]:
-        """Raise Escape unless the block ends well or in a DitToolsError and stays in the folder."""
+        """Raise Escape unless the block ends well or in a DitToolsError and stays in the folder.
+
+        Temporary files go there too.
+        """
+        usual, tempfile.tempdir = tempfile.tempdir, str(folder)
         self._home, self._seen = str(folder), []
         try:
             yield
         except DitToolsError as error:
-            if "\n" in str(error) or len(str(error)) > 4000:
+            if "\n" in str(error) or len(str(error)) > 5000:
                 raise Escape(f"an error of {len(str(error))} characters") from error
             raise
         except (Exception, RecursionError, MemoryError) as error:
             raise Escape(f"{type(error).__name__}: {error!s:.200}") from error
         finally:
-            self._home = ""
+            self._home, tempfile.tempdir = "", usual
             if self._seen:
                 raise Escape("; ".join(self._seen[:3]))

@@ -1,6 +1,7 @@
 """Errors that say what was expected, what was given and what to do about it."""
 
 LONGEST = 400  # characters of what was given; files can hold any amount
+LONGEST_PART = 2000  # of the rest, which may quote names from files
 
 
 class DitToolsError(ValueError):
@@ -15,15 +16,15 @@ class DitToolsError(ValueError):
         parts += [f"expected {expected}"] if expected else []
         parts += [f"got {_cut(got)}"] if got else []
         parts += [f"try: {remedy}"] if remedy else []
-        super().__init__("; ".join(_one_line(part) for part in parts))
+        super().__init__("; ".join(_one_line(_cut(part, LONGEST_PART)) for part in parts))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Rebuild with the keyword parts, so that the error crosses process boundaries whole."""
         return _rebuild, (type(self), self.problem, self.expected, self.got, self.remedy)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
+def _cut(text: str, most: int = LONGEST) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _one_line(text: str) -> str:

@@ -1,6 +1,7 @@
 """Clips read from disk, pixel for pixel as a player decodes them."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from dittools.errors import InputError
+from dittools.reading import check_file
 
 Pixels = npt.NDArray[np.uint8]  # [frames, height, width, 3], RGB
 
 VIDEO = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 IMAGE = (".png", ".jpg", ".jpeg")
+MOST_BYTES = 2_000_000_000  # of one file, and of the pixels of one clip: 321 frames of 1080p
+# what a file of each kind begins with; anything else may be a list that names other files
+_BEGINS = {
+    (".mp4", ".mov"): re.compile(rb"....(ftyp|moov|mdat|free|wide|skip)", re.DOTALL),
+    (".mkv", ".webm"): re.compile(rb"\x1aE\xdf\xa3"),
+    (".avi",): re.compile(rb"RIFF....AVI ", re.DOTALL),
+    (".png",): re.compile(rb"\x89PNG\r\n\x1a\n"),
+    (".jpg", ".jpeg"): re.compile(rb"\xff\xd8\xff"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +91,12 @@ def read_clip(path: Path) -> Clip:
     cv2 = opencv()
     if not path.is_file():
         raise InputError("no such clip", got=str(path))
+    _check_kind(path)
     if path.suffix.lower() in IMAGE:
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        try:
+            image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        except cv2.error as error:  # more pixels than it reads
+            raise InputError(f"cannot read {path}", got=str(error)) from error
         if image is None:
             raise InputError(f"cannot read {path}", expected="a png or jpeg image")
         return Clip(path, np.ascontiguousarray(image[None, :, :, ::-1]), 0.0)
@@ -90,11 +105,17 @@ def read_clip(path: Path) -> Clip:
     try:
         promised = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
         fps = float(video.get(cv2.CAP_PROP_FPS))
-        while True:
+        size = int(video.get(cv2.CAP_PROP_FRAME_WIDTH) * video.get(cv2.CAP_PROP_FRAME_HEIGHT)) * 3
+        most = MOST_BYTES // max(size, 1)
+        while size <= MOST_BYTES:
             success, frame = video.read()
             if not success:
                 break
+            if len(frames) >= most:
+                raise InputError(f"{path} is too long", expected=f"at most {most} frames")
             frames.append(np.ascontiguousarray(frame[:, :, ::-1]))
+    except cv2.error as error:
+        raise InputError(f"cannot read {path}", got=str(error)) from error
     finally:
         video.release()
     if not frames:
@@ -104,6 +125,23 @@ def read_clip(path: Path) -> Clip:
             f"{path} breaks off", expected=f"{promised} frames", got=f"{len(frames)} readable"
         )
     return Clip(path, np.stack(frames), fps)
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is not what its name says, before a decoder guesses what it is."""
+    wanted = next((found for ends, found in _BEGINS.items() if path.suffix.lower() in ends), None)
+    try:
+        check_file(path, MOST_BYTES)
+        with path.open("rb") as file:
+            head = file.read(16)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}", got=str(error)) from error
+    if wanted is None or wanted.match(head) is None:
+        raise InputError(
+            f"cannot read {path}",
+            expected=f"a file that is what its name says: {', '.join((*VIDEO, *IMAGE))}",
+            got=repr(head[:8]),
+        )
 
 
 def check_frames(frames: npt.NDArray[np.float32], name: str = "the clip") -> None:

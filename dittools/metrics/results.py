@@ -127,6 +127,15 @@ def load_results(path: Path) -> dict[str, Any]:
             got=repr(found.get("version")),
             remedy="measure again",
         )
+    return checked(found, path)
+
+
+def checked(found: Any, path: Path) -> dict[str, Any]:
+    """Return a results document whose every value can be shown, with clips beside its file.
+
+    Raises:
+        InputError: it lacks something, or names a clip elsewhere.
+    """
     wrong = misfit(found, _SHAPE, "the file") or ("" if found["cases"] else "the file has no case")
     if wrong:
         raise InputError(f"{path} is incomplete", got=wrong, remedy="measure again")

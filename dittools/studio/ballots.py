@@ -68,7 +68,7 @@ def entries(found: Iterable[Run]) -> list[Entry]:
     for run in found:
         try:
             listed += _generated(run) if run.kind == "generate" else _benched(run)
-        except (DitToolsError, OSError, ValueError, KeyError, TypeError):
+        except (DitToolsError, OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return _told_apart(listed)
 

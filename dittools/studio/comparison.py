@@ -6,7 +6,7 @@ from typing import Any
 from dittools.commands.compare_page import compare_page
 from dittools.errors import InputError
 from dittools.metrics.latency import Spread
-from dittools.metrics.results import FORMAT, VERSION, load_results
+from dittools.metrics.results import FORMAT, VERSION, checked, load_results
 from dittools.reading import read_json
 from dittools.studio.runs import Run
 
@@ -43,12 +43,12 @@ def document_of(run: Run) -> Document:
     if run.kind != "generate" or report is None or not can_compare(run):
         raise InputError(f"run {run.id} holds nothing to compare", expected="a dense clip too")
     try:
-        content = read_json(report)
-        return run.folder / run.id, _converted(content, run)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = _converted(read_json(report), run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
             f"the report of run {run.id} is damaged", got=type(error).__name__
         ) from error
+    return run.folder / run.id, checked(found, run.folder / run.id)
 
 
 def _converted(report: dict[str, Any], run: Run) -> dict[str, Any]:
