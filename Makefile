@@ -9,7 +9,7 @@ MINUTES ?= 600
 DENSITIES ?= 0.4 0.3 0.2 0.5
 PORT ?= 7860
 
-.PHONY: help app test-app test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles test-versions matrix lint type fmt check bench bench-gpu bench-latency bench-check clean
+.PHONY: help app test-app test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles test-versions matrix lint type fmt check bench bench-gpu bench-latency bench-check soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -103,6 +103,9 @@ bench-latency: $(VENV)/.test  ## end to end by part: released configs on a GPU, 
 
 bench-check: $(VENV)/.test  ## ratios against the committed reference
 	@$(BIN) bench/check.py
+
+soak: $(VENV)/.core  ## 500 short generations in one process: memory, files, threads, results
+	@$(BIN) bench/soak.py --out docs/results/soak.json
 
 scoreboard: $(VENV)/.core  ## every method on the embedded model at matched densities; MINUTES=12 bounds it
 	@for d in $(DENSITIES); do $(BIN) -m dittools search --prompts bench/search_prompts.txt \

@@ -1,0 +1,135 @@
+"""Runs one after another, in turns and side by side leave nothing behind and do not mix."""
+
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from toys import SPARSE, generate
+
+from dittools.methods import build
+from dittools.patches import attach
+from dittools.pipelines import tiny
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture
+def soak_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.delitem(sys.modules, "soak", raising=False)
+    import soak
+
+    kept = {"tiny/wan": ("radial", "svg2"), "tiny/flux": ("clear",)}
+    methods = {name: {m: soak.METHODS[name][m] for m in own} for name, own in kept.items()}
+    monkeypatch.setattr(soak, "METHODS", methods)
+    monkeypatch.setattr(soak, "SIZES", {name: soak.SIZES[name][:2] for name in methods})
+    return soak
+
+
+def test_repeated_runs_give_the_first_results_and_leak_nothing(soak_script: ModuleType) -> None:
+    soak = soak_script.Soak(["tiny/wan", "tiny/flux"])
+    found = soak_script.long_run(soak, 24)
+    assert found["jobs"] == 6
+    assert found["jobs_without_sparse_calls"] == 0
+    assert found["differing"] == 0
+    assert found["files"][1] <= found["files"][0]
+    assert found["threads"][1] <= found["threads"][0]
+    assert found["held_mb"][2] - found["held_mb"][1] < 20  # a leak of one run's tensors is more
+
+
+def test_two_threads_give_what_each_gives_alone(soak_script: ModuleType) -> None:
+    soak = soak_script.Soak(["tiny/wan", "tiny/flux"])
+    found = soak_script.side_by_side(soak, ("tiny/wan", "tiny/flux"), 4)
+    assert found["differing"] == 0
+    assert found["failed"] == []
+
+
+def test_the_figures_see_a_difference_a_leak_and_a_failure(
+    soak_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = iter(range(1000))
+    held: list[tuple[Any, torch.Tensor]] = []
+
+    def leaky(self: Any, job: Any, pipe: Any = None) -> torch.Tensor:
+        file = Path(__file__).open()  # noqa: SIM115 - it must stay open
+        held.append((file, torch.ones(1 << 18)))  # and 1 MB a run
+        return torch.tensor(next(results))
+
+    monkeypatch.setattr(soak_script.Soak, "generate", leaky)
+    soak = soak_script.Soak(["tiny/wan", "tiny/flux"])
+    found = {
+        "long": soak_script.long_run(soak, 24),
+        "side_by_side": soak_script.side_by_side(soak, ("tiny/wan", "tiny/flux"), 4),
+    }
+    for file, _ in held:
+        file.close()
+    reasons = " ".join(soak_script.broken(found))
+    assert "memory grows by" in reasons
+    assert "files grow from" in reasons
+    assert "18 runs differ" in reasons
+    assert "8 runs in threads differ" in reasons
+    assert soak_script.slope([1.0, 3.0, 5.0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("method", ["svg2", "paro", "sparse_vdit", "radial"])
+def test_pipelines_and_sizes_in_turns_share_no_state(method: str) -> None:
+    names = ("wan", "hunyuan_video")
+    sizes: list[dict[str, int]] = [{}, {"height": 48}]
+    few = {"q_clusters": 4, "k_clusters": 8, "least_queries": 2, "least_keys": 2}
+    chosen = build(method, few if method == "svg2" else {"block_size": 8})
+    alone = {
+        (name, place): generate_attached(tiny.build(name), name, chosen, size)
+        for name in names
+        for place, size in enumerate(sizes)
+    }
+    pipes = {name: tiny.build(name) for name in names}
+    handles = {
+        name: attach(pipe, chosen, dense_steps=1, backend="cpu") for name, pipe in pipes.items()
+    }
+    for place in (0, 1, 1, 0, 1, 0):
+        for name in names:
+            out = generate(pipes[name], name, **sizes[place])
+            assert torch.equal(out, alone[name, place]), (name, place)
+    for handle in handles.values():
+        assert sum(layer.sparse for layer in handle.report().layers) > 0
+
+
+def generate_attached(pipe: Any, name: str, method: Any, size: dict[str, int]) -> torch.Tensor:
+    with attach(pipe, method, dense_steps=1, backend="cpu"):
+        return generate(pipe, name, **size)
+
+
+def test_steps_of_two_runs_may_interleave() -> None:
+    """Two pipelines whose denoising steps strictly alternate, as a scheduler of requests may."""
+    pipes = [tiny.build("wan") for _ in range(2)]
+    sizes: list[dict[str, int]] = [{}, {"height": 48}]
+    alone = [generate_attached(tiny.build("wan"), "wan", SPARSE, size) for size in sizes]
+    turns = [threading.Event(), threading.Event()]
+    turns[0].set()
+    results: list[torch.Tensor | None] = [None, None]
+
+    def work(mine: int) -> None:
+        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            turns[mine].clear()
+            turns[1 - mine].set()
+            if step < 3:
+                assert turns[mine].wait(60)
+            return tensors
+
+        assert turns[mine].wait(60)
+        with attach(pipes[mine], SPARSE, dense_steps=1, backend="cpu"):
+            results[mine] = generate(pipes[mine], "wan", callback_on_step_end=after, **sizes[mine])
+        turns[1 - mine].set()
+
+    threads = [threading.Thread(target=work, args=(mine,)) for mine in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(results, alone, strict=True):
+        assert got is not None
+        assert torch.equal(got, want)
