@@ -28,6 +28,7 @@ class Problem:
         allowed: bool [I, C]; every item must keep one.
         distinct: most candidates one group may use; 0 for any number.
         opening: [G] cost of every candidate a group uses beyond its first; None for none.
+        using: [G, C] cost of a candidate that a group uses, for however many items; None for none.
     """
 
     loss: torch.Tensor
@@ -36,20 +37,25 @@ class Problem:
     allowed: torch.Tensor
     distinct: int = 0
     opening: torch.Tensor | None = None
+    using: torch.Tensor | None = None
 
     def total_cost(self, choice: torch.Tensor) -> float:
         """Return the cost of a choice, what its further candidates per group take included."""
         cost = float(self.cost.gather(1, choice[:, None]).sum())
+        if self.opening is None and self.using is None:
+            return cost
+        used = torch.zeros((int(self.group.max()) + 1, self.cost.shape[1]), dtype=torch.bool)
+        used[self.group, choice] = True
         if self.opening is not None:
-            used = torch.zeros((len(self.opening), self.cost.shape[1]), dtype=torch.bool)
-            used[self.group, choice] = True
             cost += float((self.opening * (used.sum(dim=1) - 1).clamp(min=0)).sum())
+        if self.using is not None:
+            cost += float(self.using[used].sum())
         return cost
 
     @property
     def is_grouped(self) -> bool:
         """Whether what an item may use, or pays, depends on the others of its group."""
-        return bool(self.distinct) or self.opening is not None
+        return bool(self.distinct) or self.opening is not None or self.using is not None
 
     def total_loss(self, choice: torch.Tensor) -> float:
         """Return the predicted harm of a choice."""
@@ -106,21 +112,32 @@ def _at(problem: Problem, multiplier: float) -> torch.Tensor:
     for group in problem.group.unique().tolist():
         members = (problem.group == group).nonzero().flatten()
         extra = 0.0 if problem.opening is None else multiplier * float(problem.opening[group])
-        choice[members] = _few(price[members], problem.distinct or len(members), extra)
+        using = None if problem.using is None else multiplier * problem.using[group]
+        choice[members] = _few(price[members], problem.distinct or len(members), extra, using)
     return choice
 
 
-def _few(price: torch.Tensor, distinct: int, opening: float = 0.0) -> torch.Tensor:
+def _few(
+    price: torch.Tensor, distinct: int, opening: float = 0.0, using: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the best choice of a group that uses at most so many candidates, found greedily.
 
-    Every candidate after the first must save more than `opening`.
+    Every candidate after the first must save more than `opening` and what using it takes.
+
+    Args:
+        price: [I, C].
+        distinct: most candidates.
+        opening: price of every candidate beyond the first.
+        using: [C], price of a candidate for however many items; None for none.
     """
+    fee = torch.zeros_like(price[0]) if using is None else using
     chosen: list[int] = []
     best = torch.full((len(price),), float("inf"), dtype=price.dtype)
     for _ in range(min(distinct, price.shape[1])):
-        total = torch.minimum(best[:, None], price).sum(dim=0)
+        total = torch.minimum(best[:, None], price).sum(dim=0) + fee
+        total[chosen] = float("inf")
         pick = int(total.argmin())
-        if pick in chosen or (chosen and float(best.sum() - total[pick]) <= opening):
+        if chosen and float(best.sum() - total[pick]) <= opening:
             break
         chosen.append(pick)
         best = torch.minimum(best, price[:, pick])

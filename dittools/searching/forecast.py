@@ -10,36 +10,14 @@ import torch
 
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
-from dittools.methods import GridMethod, Method, build
+from dittools.methods import Method, build
 from dittools.plans import Plan, Rule
-from dittools.searching.candidates import phrase
-from dittools.searching.cost import CostTable, flops_table, measure_costs
+from dittools.reading import misfit, read_json
+from dittools.searching.cost import DEFAULT_BLOCK, CostTable, flops_table, measure_costs
+from dittools.searching.look import Look, groups_of, look
+from dittools.searching.pricing import Load, Price, Pricer, Seen, is_fixed
 from dittools.searching.request import settings_for
 from dittools.searching.scout import named_backend, scout
-
-_DEFAULT_BLOCK = 128  # tokens, where a method does not say
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a model does in one generation.
-
-    Attributes:
-        grid: geometry of the main attention.
-        layers, heads, head_dim, steps: of the run.
-        attention_share: part of the time (or FLOPs) in attention a plan can act on.
-        seconds: of a dense generation; 0 when only FLOPs are known.
-        paths: module path of every layer, "" where not known.
-    """
-
-    grid: TokenGrid
-    layers: int
-    heads: int
-    head_dim: int
-    steps: int
-    attention_share: float
-    seconds: float = 0.0
-    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +48,7 @@ class Forecast:
         attention_share, bound: part of the run a plan can act on, and Amdahl's 1 / (1 - share).
         density: over layers and steps, losing layers dense.
         attention_speedup, speedup: of attention, and of a whole generation.
+        speedup_as_given: of a whole generation when the losing layers run sparse all the same.
         dense_seconds, seconds: of a generation; None when only FLOPs are known.
         losing: layers left dense because sparse would be slower there.
         unknown: methods whose density only shows in a run, counted at the value in brackets.
@@ -84,6 +63,7 @@ class Forecast:
     density: float
     attention_speedup: float
     speedup: float
+    speedup_as_given: float
     dense_seconds: float | None
     seconds: float | None
     losing: tuple[int, ...]
@@ -108,7 +88,9 @@ class Forecast:
             f"whole generation   {self.speedup:.2f}x{_seconds(self)}",
         ]
         if self.losing:
-            lines.append(f"left dense         layers {', '.join(map(str, self.losing))}: slower")
+            names = ", ".join(map(str, self.losing))
+            lines.append(f"left dense         layers {names}: sparse is slower there")
+            lines.append(f"the plan as it is  {self.speedup_as_given:.2f}x")
         lines += [f"not known          {text}" for text in self.unknown]
         lines += [
             f"layer {n.layer:<3} density {n.density:.3f}, attention {n.attention_speedup:.2f}x"
@@ -161,35 +143,48 @@ def forecast(
         given = _load_config(model)
         load = load_of_config(given, height, width, frames, steps or 50, vae_scale)
         table = costs or flops_table(load.grid, load.heads, load.head_dim)
-    else:
-        sizes = {"height": height, "width": width, "frames": frames}
-        wanted = settings_for(model, {**sizes, "steps": steps, "guidance": guidance})
-        facts = scout(model, replace(wanted, prompt="a red circle"))
-        chosen.check(facts.model)
-        load = Load(
-            facts.grid,
-            facts.model.layers,
-            facts.model.heads,
-            facts.model.head_dim,
-            facts.steps,
-            facts.attention_share,
-            facts.seconds,
-            facts.model.paths,
-        )
-        table = costs or measure_costs(
-            load.grid,
-            load.heads,
-            load.head_dim,
-            backend=named_backend(model, backend),
-            device=torch.device(getattr(model, "device", "cpu")),
-            dtype=facts.dtype,
-            blocks=_blocks(chosen),
-            choosing=_choosers(chosen),
-        )
-    return predict(load, chosen, table, may_decline=backend == "auto")
+        return predict(load, chosen, table, may_decline=backend == "auto")
+    sizes = {"height": height, "width": width, "frames": frames}
+    wanted = settings_for(model, {**sizes, "steps": steps, "guidance": guidance})
+    wanted = replace(wanted, prompt="a red circle")
+    facts = scout(model, wanted)
+    chosen.check(facts.model)
+    load = Load(
+        facts.grid,
+        facts.model.layers,
+        facts.model.heads,
+        facts.model.head_dim,
+        facts.steps,
+        facts.attention_share,
+        facts.seconds,
+        facts.model.paths,
+    )
+    runner = named_backend(model, backend)
+    seen: Look | None = None
+    if not all(is_fixed(rule.method) or rule.method.name == "dense" for rule in chosen.rules):
+        seen = look(model, wanted, chosen, load, runner)
+    table = costs or measure_costs(
+        load.grid,
+        load.heads,
+        load.head_dim,
+        backend=runner,
+        device=torch.device(getattr(model, "device", "cpu")),
+        dtype=facts.dtype,
+        blocks=_blocks(chosen),
+        groups=groups_of(chosen, load),
+        sample=None if seen is None else seen.sample,
+    )
+    return predict(load, chosen, table, may_decline=backend == "auto", seen=seen)
 
 
-def predict(load: Load, plan: Plan, costs: CostTable, *, may_decline: bool = False) -> Forecast:
+def predict(
+    load: Load,
+    plan: Plan,
+    costs: CostTable,
+    *,
+    may_decline: bool = False,
+    seen: Seen | None = None,
+) -> Forecast:
     """Return the forecast of a plan from facts and kernel times alone.
 
     Args:
@@ -197,12 +192,13 @@ def predict(load: Load, plan: Plan, costs: CostTable, *, may_decline: bool = Fal
         plan: to judge.
         costs: kernel times.
         may_decline: the backend runs dense by itself where that is faster, as "auto" does.
+        seen: what methods kept in a short run of the model.
     """
-    pricer = _Pricer(load, plan, costs, may_decline)
-    found = [pricer.layer(layer) for layer in range(load.layers)]
+    pricer = Pricer(load, plan, costs, may_decline, seen)
+    found = [_judged(layer, pricer.layer(layer)) for layer in range(load.layers)]
     losing = tuple(n.layer for n in found if n.is_losing)
     kept = [_left_dense(n) if n.is_losing else n for n in found]
-    time = sum(1 / n.attention_speedup if n.attention_speedup else 0.0 for n in kept) / len(kept)
+    time, given = (_mean_time(layers) for layers in (kept, found))
     share = load.attention_share
     speedup = 1 / (1 - share + share * time)
     return Forecast(
@@ -213,6 +209,7 @@ def predict(load: Load, plan: Plan, costs: CostTable, *, may_decline: bool = Fal
         sum(n.density for n in kept) / len(kept),
         1 / max(time, 1e-9),
         speedup,
+        1 / (1 - share + share * given),
         load.seconds or None,
         load.seconds / speedup if load.seconds else None,
         losing,
@@ -222,73 +219,20 @@ def predict(load: Load, plan: Plan, costs: CostTable, *, may_decline: bool = Fal
     )
 
 
+def _judged(layer: int, price: Price) -> LayerForecast:
+    """Return the forecast of one layer; one that computes everything cannot lose."""
+    if price.density > 0.9999:
+        return LayerForecast(layer, price.density, price.computed, 1.0, False)
+    speedup = 1 / max(price.time, 1e-6)
+    return LayerForecast(layer, price.density, price.computed, speedup, price.time >= 1)
+
+
+def _mean_time(layers: list[LayerForecast]) -> float:
+    return sum(1 / layer.attention_speedup for layer in layers) / len(layers)
+
+
 def _left_dense(layer: LayerForecast) -> LayerForecast:
     return replace(layer, density=1.0, computed=1.0, attention_speedup=1.0)
-
-
-class _Pricer:
-    """Density and time of every layer; masks are made once per method."""
-
-    def __init__(self, load: Load, plan: Plan, costs: CostTable, may_decline: bool) -> None:
-        self.load, self.plan, self.costs, self.may_decline = load, plan, costs, may_decline
-        self.unknown: dict[str, None] = {}
-        self._known: dict[int, tuple[Method, tuple[float, float, float]]] = {}
-
-    def layer(self, layer: int) -> LayerForecast:
-        load = self.load
-        path = load.paths[layer] if layer < len(load.paths) else ""
-        density = computed = time = 0.0
-        for step in range(load.steps):
-            sides = ("cond", "uncond") if self.plan.needs_branch else ("",)
-            found = [
-                self.plan.rules_for(layer, path, step, load.steps, load.heads, side)
-                for side in sides
-            ]
-            parts = load.steps * len(sides)
-            time += sum(len(rules) > 1 for rules in found) * self.costs.split_ratio / parts
-            for heads, method in (rule for rules in found for rule in rules):
-                share = len(heads) / load.heads / parts
-                values = self.price(method)
-                density += share * values[0]
-                computed += share * values[1]
-                time += share * values[2]
-        if density > 0.9999:
-            return LayerForecast(layer, density, computed, 1.0, False)
-        return LayerForecast(layer, density, computed, 1 / max(time, 1e-6), time >= 1)
-
-    def price(self, method: Method) -> tuple[float, float, float]:
-        """Return density, computed share and time share of one method."""
-        if id(method) not in self._known:
-            self._known[id(method)] = (method, self._price(method))
-        return self._known[id(method)][1]
-
-    def _price(self, method: Method) -> tuple[float, float, float]:
-        mode = getattr(method, "mode", "")
-        if method.name == "dense" or mode == "full":
-            return 1.0, 1.0, 1.0
-        if mode == "skip":
-            return 0.0, 0.0, 0.0
-        block = int(getattr(method, "block_size", _DEFAULT_BLOCK))
-        if isinstance(method, GridMethod) and mode != "auto":
-            mask = method.mask(self.load.grid)
-            density, computed = mask.density, mask.computed
-        else:
-            density, computed = self._chosen(method)
-        time = self.costs.ratio(computed, block) if density < 1 else 1.0
-        time += self.costs.choosing(method.name)
-        return density, computed, min(time, 1.0) if self.may_decline else time
-
-    def _chosen(self, method: Method) -> tuple[float, float]:
-        """Return density and computed share of a method that chooses in the run: what the search
-        measured, or the density it is asked for.
-        """
-        known = self.plan.measured.get("densities", {}).get(phrase(method))
-        if known is not None:
-            return float(known[0]), float(known[1])
-        nominal = getattr(method, "density", None)
-        density = float(nominal) if isinstance(nominal, float) else 1.0
-        self.unknown[f"{method.name} chooses in the run ({density:.2f} assumed)"] = None
-        return density, density
 
 
 def without_layers(plan: Plan, layers: tuple[int, ...], count: int) -> Plan:
@@ -314,16 +258,9 @@ def _plan(plan: Plan | Method | str | Path) -> Plan:
     return Plan.of(build(plan) if isinstance(plan, str) else plan)
 
 
-def _choosers(plan: Plan) -> list[Method]:
-    """Return one method of each name that looks at query and key."""
-    methods = [rule.method for rule in plan.rules]
-    found = {m.name: m for m in methods if m.name != "dense" and not isinstance(m, GridMethod)}
-    return list(found.values())
-
-
 def _blocks(plan: Plan) -> tuple[int, ...]:
-    sizes = {int(getattr(rule.method, "block_size", _DEFAULT_BLOCK)) for rule in plan.rules}
-    return tuple(sorted(sizes or {_DEFAULT_BLOCK}))
+    sizes = {int(getattr(rule.method, "block_size", DEFAULT_BLOCK)) for rule in plan.rules}
+    return tuple(sorted(sizes or {DEFAULT_BLOCK}))
 
 
 def _load_config(model: "str | Path | Mapping[str, Any]") -> Mapping[str, Any]:
@@ -332,7 +269,7 @@ def _load_config(model: "str | Path | Mapping[str, Any]") -> Mapping[str, Any]:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot read the model config {path}: {error}", remedy="the denoiser's config.json"
@@ -340,6 +277,24 @@ def _load_config(model: "str | Path | Mapping[str, Any]") -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is no model config", expected="a JSON object")
     return content
+
+
+_CONFIG = {
+    **dict.fromkeys(("num_attention_heads", "attention_head_dim", "num_layers"), int),
+    **dict.fromkeys(("num_single_layers?", "ffn_dim?"), (int, None)),
+    "patch_size?": (int, [int], tuple),
+    "*": Any,
+}
+
+
+def _not_positive(config: Mapping[str, Any]) -> str:
+    """Return the first size of a config that is not above 0, "" where all are."""
+    patch = config.get("patch_size", 1)
+    sides = list(patch) if isinstance(patch, (list, tuple)) else [patch] * 3
+    if len(sides) != 3 or min(sides) < 1:
+        return f"patch_size {patch}"
+    names = ("num_attention_heads", "attention_head_dim", "num_layers")
+    return next((f"{name} {config[name]}" for name in names if config[name] < 1), "")
 
 
 def load_of_config(
@@ -366,6 +321,8 @@ def load_of_config(
             "the forecast lacks a size", expected="config and size", got=f"no {', '.join(lacking)}"
         )
     patch = config.get("patch_size", 1)
+    if wrong := misfit(dict(config), _CONFIG, "the config") or _not_positive(config):
+        raise InputError("the model config is not usable", got=wrong)
     sides = tuple(patch) if isinstance(patch, (list, tuple)) else (1, int(patch), int(patch))
     latent = ((frames or 1) - 1) // vae_scale[0] + 1
     grid = TokenGrid(

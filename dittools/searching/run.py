@@ -12,9 +12,10 @@ from dittools.errors import InputError
 from dittools.patches.attach import find_targets
 from dittools.plans import Plan
 from dittools.searching.allocate import Unreachable
-from dittools.searching.candidates import Candidate, candidates_for, is_chooser, without
+from dittools.searching.candidates import Candidate, candidates_for, is_chooser, phrase, without
 from dittools.searching.cost import CostTable, flops_table, measure_costs
 from dittools.searching.gradient import gradient_weights
+from dittools.searching.groups import ends_of
 from dittools.searching.measure import Bench, Score, sites_for
 from dittools.searching.points import Watch, curve_points, single_points, trial_point
 from dittools.searching.probe import Sites
@@ -119,7 +120,7 @@ def cost_table(
     blocks = sorted(
         {int(b) for c in candidates if (b := getattr(c.method, "block_size", 0))} or {128}
     )
-    choosers = list({c.method.name: c.method for c in candidates if is_chooser(c)}.values())
+    groups = ends_of([c.method for c in candidates if is_chooser(c)], facts.model.heads)
 
     def make() -> Result:
         table = measure_costs(
@@ -130,7 +131,7 @@ def cost_table(
             device=device,
             dtype=facts.dtype,
             blocks=tuple(blocks),
-            choosing=choosers,
+            groups=groups,
         )
         table = replace(table, attention_share=facts.attention_share, seconds=facts.seconds)
         return {
@@ -140,7 +141,7 @@ def cost_table(
         }
 
     key = f"cost {facts.grid} {facts.model.heads} {facts.model.head_dim} {facts.dtype} {blocks}"
-    key += " " + " ".join(m.name for m in choosers)
+    key += " " + " ".join(f"{phrase(method)} x {heads}" for method, heads in groups)
     found = store.run("timing kernels", [Unit(f"{key} {facts.steps}", 0, make)])[0]["json"]
     return CostTable.from_dict(json.loads(found.numpy().tobytes()))
 

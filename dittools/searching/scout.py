@@ -10,6 +10,7 @@ from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
+from dittools.metrics.latency import PartTimer
 from dittools.patches import attach
 from dittools.patches.attach import Target, find_targets, model_facts
 from dittools.pipelines.generate import Settings, generate
@@ -76,20 +77,25 @@ class _Watcher:
 
 
 def scout(pipe: Any, settings: Settings) -> Facts:
-    """Return the facts of a pipeline at one size; runs three steps in all.
+    """Return the facts of a pipeline at one size; runs three steps in all, the first to warm up.
+
+    Shares come from one run: two runs may meet a machine that is busy in different ways.
 
     Raises:
         AttachError: nothing in the pipeline can be accelerated.
         InputError: no attention call came through, or the settings are refused.
     """
-    target = find_targets(pipe)[0]
-    steps = settings.steps or 0
+    targets = find_targets(pipe)
+    target, steps = targets[0], settings.steps or 0
     short = replace(settings, steps=min(SCOUT_STEPS, steps))
     watcher = _Watcher()
+    forwards: list[tuple[Any, str]] = [(each.denoiser, "forward") for each in targets]
+    timer = PartTimer({"steps": forwards}, str(getattr(pipe, "device", "cpu")))
     with attach(pipe, Plan((Rule(watcher),)), check_finite=False) as handle:
-        one = generate(pipe, replace(settings, steps=1)).seconds
+        generate(pipe, replace(settings, steps=1))
         handle.reset()
-        many = generate(pipe, short).seconds
+        with timer.running():
+            seconds = generate(pipe, short).seconds
         report = handle.report()
     if not watcher.grids:
         raise InputError(
@@ -97,14 +103,15 @@ def scout(pipe: Any, settings: Settings) -> Facts:
             got="; ".join(report.fallbacks) or "no call at all",
             remedy="a size and pipeline that `dittools doctor` supports",
         )
-    per_step = max(many - one, 1e-6) / max(1, (short.steps or 1) - 1) if steps > 1 else one
+    inside = min(timer.milliseconds()["steps"] / 1000, seconds)
+    per_step = max(inside, 1e-6) / (short.steps or 1)
     return Facts(
         model=model_facts(target.denoiser, target.paths),
         grid=max(watcher.grids, key=lambda g: (watcher.grids[g], g.total)),
         steps=steps,
         branches=tuple(watcher.branches),
         step_seconds=per_step,
-        fixed_seconds=max(one - per_step, 0.0),
+        fixed_seconds=seconds - inside,
         attention_seconds=min(report.attention_ms / 1000 / (short.steps or 1), per_step),
         dtype=watcher.dtype,
         gains=output_gains(target),
