@@ -4,9 +4,10 @@ Started once per rank by `bench/scaling.py` and the tests:
     python bench/ulysses_ranks.py JOBS.json RANK RANKS STORE OUT.json
 
 A job is {"name", "family", "plan" (file) or "method", "heads", "backend", "anything", "call",
-"stock"} (false leaves out the split run without a plan, where diffusers has none). Each is generated in one
-process first and then over all ranks; OUT holds for each how far both are apart, the report, and
-the bytes this rank sent: as the collectives were asked for, and as its sockets counted them.
+"stock", "nan"}: `stock` false leaves out the split run without a plan, where diffusers has none;
+`nan` puts one into the values of the first head. Each job is generated in one process first and
+then over all ranks; OUT holds for each how far both are apart, the report, and the bytes this rank
+sent: as the collectives were asked for, and as its sockets counted them.
 """
 
 import json
@@ -123,6 +124,8 @@ def pipeline(family: str, heads: int) -> Any:
 def run_job(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     """Return what one job made and sent."""
     pipe = pipeline(job["family"], job.get("heads", 0))
+    if job.get("nan"):
+        pipe.transformer.blocks[0].attn1.to_v.bias.data[0] = float("nan")
     call = {**tiny.call_arguments(job["family"]), "output_type": "latent", **job.get("call", {})}
 
     def generate() -> torch.Tensor:

@@ -261,7 +261,7 @@ class Parallel:
                 rules = runtime.rules(site, step, moment.steps, heads, branch)
                 work = head_work(rules, grid, heads, known)
                 phases[work] = phases.get(work, 0.0) + 1
-            self._owners[key] = assign([(count, work) for work, count in phases.items()], ranks)
+            self._owners[key] = assign(tuple((n, work) for work, n in phases.items()), ranks)
         return self._owners[key]
 
     def _exchange(

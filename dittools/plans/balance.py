@@ -7,12 +7,13 @@ the lightest rank with room, then the exchange of two heads that helps most, unt
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dittools.errors import DitToolsError, InputError
 from dittools.grid import TokenGrid
 from dittools.methods import GridMethod, Method
 from dittools.plans.phrase import phrase
-from dittools.plans.plan import HeadRule
+from dittools.plans.plan import HeadRule, Plan
 
 GOOD_ENOUGH = 0.01  # of the mean: heads in order stay, as dealing them out costs a copy
 Owners = tuple[int, ...]  # rank of every head
@@ -24,7 +25,8 @@ class Balance:
 
     Attributes:
         ranks: of the context-parallel group.
-        work: of each rank, 1 for dense attention of its heads; mean over layers and steps.
+        work: of each rank, 1 for dense attention of an even share of the heads; mean over layers
+            and steps.
         slowest: of the slowest rank over the mean, summed over layers and steps: every attention
             waits for its own slowest rank.
         worst: the same in the worst layer.
@@ -67,7 +69,8 @@ def in_order(heads: int, ranks: int) -> Owners:
     return tuple(r for r, count in enumerate(capacities(heads, ranks)) for _ in range(count))
 
 
-def assign(phases: Sequence[tuple[float, Sequence[float]]], ranks: int) -> Owners:
+@lru_cache(maxsize=1024)
+def assign(phases: tuple[tuple[float, tuple[float, ...]], ...], ranks: int) -> Owners:
     """Return the rank of every head; every rank gets its capacity, its heads in any order.
 
     Args:
@@ -119,6 +122,58 @@ def head_work(
     return tuple(work)
 
 
+def plan_balance(
+    plan: Plan,
+    grid: TokenGrid,
+    *,
+    layers: int,
+    heads: int,
+    steps: int,
+    ranks: int,
+    paths: Sequence[str] = (),
+) -> Balance:
+    """Return how a plan's kept work falls on the ranks of a context-parallel group.
+
+    Heads are dealt out as a run deals them: for each layer (and guidance branch, where the plan
+    tells them apart) once for all steps.
+
+    Args:
+        plan: to judge.
+        grid: of the main attention.
+        layers, heads, steps: of the run.
+        ranks: of the group.
+        paths: module path of every layer, where known.
+    Raises:
+        InputError: a rank would be left without heads.
+    """
+    capacities(heads, ranks)
+    known = plan.measured.get("densities", {})
+    total, top, plain, worst = [0.0] * ranks, 0.0, 0.0, 1.0
+    for layer in range(layers):
+        path = paths[layer] if layer < len(paths) else ""
+        for branch in ("cond", "uncond") if plan.needs_branch else ("",):
+            phases: dict[tuple[float, ...], float] = {}
+            for step in range(steps):
+                rules = plan.rules_for(layer, path, step, steps, heads, branch)
+                work = head_work(rules, grid, heads, known)
+                phases[work] = phases.get(work, 0.0) + 1
+            parts = tuple((weight, work) for work, weight in phases.items())
+            owners = assign(parts, ranks)
+            mean = sum(weight * sum(work) for weight, work in parts) / ranks
+            found = slowest(parts, owners, ranks)
+            top, worst = top + found * mean, max(worst, found)
+            plain += slowest(parts, in_order(heads, ranks), ranks) * mean
+            for weight, work in parts:
+                loads = _loads([weight * share for share in work], owners, ranks)
+                total = [a + b for a, b in zip(total, loads, strict=True)]
+    mean = sum(total) / ranks
+    dense = layers * steps * heads / ranks * (2 if plan.needs_branch else 1)
+    shares = tuple(load / dense for load in total)
+    if not mean:
+        return Balance(ranks, shares, 1.0, 1.0, 1.0)
+    return Balance(ranks, shares, top / mean, worst, plain / mean)
+
+
 def _shares(
     method: Method,
     grid: TokenGrid,
@@ -144,6 +199,7 @@ def _mode_share(method: Method, mode: str, grid: TokenGrid) -> float:
     return float(method.mask(grid, mode).computed)  # type: ignore[attr-defined]
 
 
+@lru_cache(maxsize=256)
 def _grid_share(method: GridMethod, grid: TokenGrid) -> float:
     try:
         return method.mask(grid).computed
