@@ -54,6 +54,8 @@ def test_the_recipe_is_the_authors() -> None:
     assert recipe.tiling
     plan = clear_plan(find_targets(tiny.build("flux"))[0], None, 16.0)
     assert plan.rules[0].method == Clear(16.0, proportional=True)
+    tuned = clear_plan(find_targets(tiny.build("flux"))[0], {}, 16.0)
+    assert tuned.rules[0].method == Clear(16.0, proportional=True, fine_tuned=True)
 
 
 @pytest.mark.parametrize(

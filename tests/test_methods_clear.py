@@ -9,9 +9,12 @@ from torch import nn
 from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
+from dittools.kernels.auto import AutoBackend
 from dittools.kernels.reference import ReferenceBackend
 from dittools.methods.clear import Clear, clear_pairs
 from dittools.methods.clear_weights import load_clear, trained_names
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
 
 BACKEND = ReferenceBackend()
 
@@ -113,6 +116,18 @@ def test_attention_is_sdpa_under_the_disk_and_text_rows_are_dense() -> None:
         torch.testing.assert_close(got, expected.transpose(1, 2), atol=3e-6, rtol=1e-5)
     dense = BACKEND.dense(call)
     torch.testing.assert_close(got[:, :4], dense[:, :4], atol=3e-6, rtol=1e-5)
+
+
+def test_fine_tuned_weights_get_their_disk_where_dense_would_be_faster() -> None:
+    grid = TokenGrid(1, 12, 12, 4)
+    call = call_of(grid)
+    window, dense = Clear(radius=3).attend(call, BACKEND), BACKEND.dense(call)
+    for fine_tuned, expected in ((False, dense), (True, window)):
+        meter = Meter(AutoBackend(), call, lambda: dense, Stopwatch())
+        got = Clear(radius=3, fine_tuned=fine_tuned).attend(call, meter)
+        torch.testing.assert_close(got, expected, atol=3e-6, rtol=1e-5)
+        assert meter.was_sparse == fine_tuned
+        assert meter.declined != fine_tuned
 
 
 @pytest.mark.parametrize("text", [(5, 0), (0, 6), (3, 2)])

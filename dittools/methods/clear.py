@@ -1,7 +1,8 @@
 """CLEAR: image tokens see a disk of image tokens around them, and all text.
 
-Source: arXiv:2412.16112 and Huage001/CLEAR. The published models are fine-tuned for it; with stock
-weights it is an approximation whose quality the authors do not report. Difference: on video, which
+Source: arXiv:2412.16112 and Huage001/CLEAR. The published models are fine-tuned for it, so that
+dense attention is no substitute there (`fine_tuned`); with stock weights it is an approximation
+whose quality the authors do not report. Difference: on video, which
 they do not treat, the disk is taken in every frame.
 """
 
@@ -38,6 +39,9 @@ class Clear:
         (), "the weights of one cell in raster order; empty weighs all its tokens alike"
     )
     proportional: bool = param(False, "whether scores grow with the log of the number of keys")
+    fine_tuned: bool = param(
+        False, "whether the weights were trained for the disk: never dense because that is faster"
+    )
     trained_tokens: int = param(4608, "the keys at which 'proportional' changes nothing", least=2)
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
 
@@ -73,7 +77,7 @@ class Clear:
             call = replace(call, scale=call.softmax_scale * factor)
         mask = self.mask(call.grid).to(call.query.device)
         if not self.down_factor:
-            return attend_masked(call, backend, mask)
+            return attend_masked(call, backend, mask, exactly=self.fine_tuned)
         return backend.block_sparse(self._with_pooled(call), mask)
 
     def _with_pooled(self, call: AttentionCall) -> AttentionCall:

@@ -111,7 +111,8 @@ def clear_plan(
     """
     spatial = [] if weights is None else spatial_weights(weights)
     if not spatial:
-        return Plan.of(Clear(radius, down_factor=down_factor, proportional=True))
+        local = Clear(radius, down_factor=down_factor, proportional=True)
+        return Plan.of(replace(local, fine_tuned=weights is not None))
     if len(spatial) != len(target.paths):
         raise InputError(
             "the cell weights do not fit this transformer",
@@ -123,7 +124,7 @@ def clear_plan(
         raise InputError(
             "down_factor differs from the weights", expected=str(side), got=str(down_factor)
         )
-    method = Clear(radius, down_factor=side, proportional=True)
+    method = Clear(radius, down_factor=side, proportional=True, fine_tuned=True)
     rules = (
         Rule(replace(method, spatial_weights=cell), layers=(n,)) for n, cell in enumerate(spatial)
     )
