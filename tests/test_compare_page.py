@@ -169,6 +169,11 @@ def test_damaged_input_writes_no_page(
         (["--method", "dense"], "no case to measure"),
         (["--method", "gna", "--repeats", "0"], "repeats"),
         (["--plan", "none.json"], "none.json"),
+        (["--model", "nope"], "there is no model 'nope'"),
+        (["--model", "./nope"], "there is no model './nope'"),
+        (["--model", "tiny/nope"], "there is no model 'tiny/nope'"),
+        (["--model", "owner/name"], "no prompt"),
+        (["--model", "tests"], "no prompt"),
     ],
 )
 def test_bad_benches_fail_before_anything_is_loaded(

@@ -16,6 +16,23 @@ def names() -> list[str]:
     return ["demo", *(f"tiny/{name}" for name in TINY)]
 
 
+def check_name(name: str) -> None:
+    """Raise when a name can be no model, as far as that shows without loading anything.
+
+    Raises:
+        InputError: no such short name or folder, and no hub id, which is owner/name.
+    """
+    known = names()
+    if name in known or Path(name).expanduser().exists():
+        return
+    owner, slash, rest = name.partition("/")
+    if name.startswith((".", "/", "~", "tiny/")) or not (owner and slash and rest):
+        raise InputError(
+            f"there is no model {name!r}",
+            expected=f"{', '.join(known[:2])}, ..., a diffusers folder, or a hub id",
+        )
+
+
 def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
     """Return a stock diffusers pipeline, ready to call.
 

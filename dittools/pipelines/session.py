@@ -22,6 +22,7 @@ from dittools.pipelines.compare import (
 )
 from dittools.pipelines.demo import DEMO_DEFAULTS
 from dittools.pipelines.generate import Settings, generate
+from dittools.pipelines.load import check_name
 from dittools.pipelines.output import (
     check_writable,
     contact_sheet,
@@ -119,6 +120,7 @@ def settings_of(request: Request) -> Settings:
     empty = {name: value for name, value in defaults.items() if getattr(request, name) is None}
     settings = replace(settings, **empty)
     if not settings.prompt:
+        check_name(request.model)  # a model that is not there is what to mend first
         raise InputError("no prompt", remedy='--prompt "a red circle moving left"')
     return settings
 
