@@ -19,6 +19,7 @@ from dittools.mask import BlockMask, pack_bits
 from dittools.methods.block_sampling import gather_heads
 from dittools.methods.curves import gilbert
 from dittools.methods.paro import NAMES, axis_order
+from dittools.methods.selection import block_sizes
 from dittools.order import TokenOrder
 
 
@@ -108,8 +109,10 @@ def block_mask(
     keep[:, :blocks, :blocks] = kept
     keep[:, blocks:, :rows] = True
     keep[:, :, blocks:rows] = True
+    pairs = kept_pairs(kept, grid, size, pooled)
+    total = grid.total
     if not pooled:
-        return BlockMask(keep, size, order=order, q_tokens=grid.total, kv_tokens=grid.total)
+        return BlockMask(keep, size, order=order, q_tokens=total, kv_tokens=total, pairs=pairs)
     short = behind * size - blocks
     bits = torch.nn.functional.pad(~kept, (0, short)).unflatten(2, (behind, size))
     some = bits.any(-1)
@@ -127,9 +130,19 @@ def block_mask(
         tile_index=index if cut else None,
         tiles=tiles if cut else None,
         order=order,
-        q_tokens=grid.total,
-        kv_tokens=grid.total + blocks,
+        q_tokens=total,
+        kv_tokens=total + blocks,
+        pairs=pairs,
     )
+
+
+def kept_pairs(kept: torch.Tensor, grid: TokenGrid, size: int, pooled: bool) -> torch.Tensor:
+    """Return float64 [H]: the pairs of `block_mask`, pooled keys and text included."""
+    sizes = block_sizes(grid.tokens, size, kept).double()
+    each = (kept.double() @ sizes) @ sizes
+    text = float(grid.total**2 - grid.tokens**2)
+    tail = ((~kept).double().sum(2) @ sizes) if pooled else 0.0
+    return each + text + tail
 
 
 @lru_cache(maxsize=64)

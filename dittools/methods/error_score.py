@@ -35,25 +35,26 @@ def pooling_error(
     """
     heads, blocks, count, width = runs.key.shape
     mean = runs.pooled()
-    query = query.float() * scale
-    columns = runs.key.permute(0, 3, 1, 2).reshape(heads, width, blocks * count)
-    middle = mean.key[:, :, 0].transpose(1, 2)
+    # products in the dtype of the call, which has units of its own for half precision
+    query = query * scale
+    columns = runs.key.permute(0, 3, 1, 2).reshape(heads, width, blocks * count).to(query.dtype)
+    middle = mean.key[:, :, 0].transpose(1, 2).to(query.dtype)
     log = runs.weight.log().flatten(1)[:, None]  # [H or 1, 1, blocks * count]
     power = runs.value.square().sum(3) / runs.weight.clamp(min=1e-30)  # e^s holds the weight once
     along = (runs.value * mean.value).sum(3)
     far = (mean.value[:, :, 0].square().sum(2) * mean.weight[..., 0])[:, None]
-    out = query.new_empty(heads, query.shape[1] // each, blocks)
+    out = text.new_empty(heads, query.shape[1] // each, blocks)
     tile = _TILE.get(query.device.type, _TILE["cuda"])
     step = each * max(1, tile // (heads * each * blocks * count))
     for first in range(0, query.shape[1], step):
         part = query[:, first : first + step]
-        scores = (part @ columns).add_(log)
+        scores = (part @ columns).float().add_(log)
         peak = scores.amax(-1, keepdim=True).clamp(min=-1e30)
         peak = torch.maximum(peak, text[:, first : first + step, None])
         weight = scores.sub_(peak).exp_().unflatten(2, (blocks, count))
         total = weight.sum((2, 3)) + (text[:, first : first + step] - peak[..., 0]).exp()
         if pooled:
-            near = ((part @ middle) - peak).clamp(max=40).exp()
+            near = ((part @ middle).float() - peak).clamp(max=40).exp()
             both = (weight * along[:, None]).sum(3)
             found = (weight * weight).mul_(power[:, None]).sum(3)
             found += near * (near * far - 2 * both)

@@ -34,6 +34,7 @@ from dittools.methods.block_sampling import (
 )
 from dittools.methods.block_statistics import mass_recall
 from dittools.methods.compensation import (
+    Runs,
     block_mask,
     padded_order,
     pool_runs,
@@ -43,7 +44,7 @@ from dittools.methods.compensation import (
 from dittools.methods.error_score import pooling_error
 from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
 from dittools.methods.probes import probe_rows
-from dittools.methods.repair import RANK, RIDGE, fit_repair
+from dittools.methods.repair import RIDGE, fit_repair
 from dittools.methods.selection import keep_share
 from dittools.order import TokenOrder
 
@@ -90,7 +91,7 @@ class Metered:
         most=1.0,
     )
     ridge: float = param(RIDGE, "the penalty of the repair, per row", above=0.0)
-    rank: int = param(RANK, "the directions of the error that are repaired", least=1)
+    rank: int = param(0, "the directions of the error that are repaired; 0 for all", least=0)
 
     def __post_init__(self) -> None:
         """Check the parameters and what they need of each other."""
@@ -129,17 +130,19 @@ class Metered:
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         key = f"metered {self} {call.grid} {call.head_count} {call.query.device}"
         state = call.memory.setdefault(key, State())
+        blocks = -(-call.grid.tokens // self.block_size)
         starting = self.start > 0 and call.steps > 0 and call.step < self.start * call.steps
-        if starting or state.wants_choice(self.refresh):
-            self._choose(call, state, starting)
+        pooled = None
+        if starting or state.held is not None or state.wants_choice(self.refresh):
+            pooled = self._choose(call, state, starting)
         assert state.order is not None
         assert state.mask is not None
         assert state.kept is not None
         made = call
         if self.mode != "drop":
-            blocks = -(-call.grid.tokens // self.block_size)
-            runs = pool_runs(call, state.order, blocks, self.block_size, self.block_size)
-            made = with_pooled_keys(call, runs)
+            if pooled is None:
+                pooled = pool_runs(call, state.order, blocks, self.block_size, self.block_size)
+            made = with_pooled_keys(call, pooled)
         out = attend_exactly(made, backend, state.mask)
         if out is None:
             return backend.dense(call)
@@ -153,12 +156,19 @@ class Metered:
             found = out.index_select(1, rows)
         return self._mended(call, backend, out, (rows, exact, found), state)
 
-    def _choose(self, call: AttentionCall, state: "State", starting: bool) -> None:
-        """Choose the blocks worth their cost; heads too far off get more, or all."""
+    def _choose(self, call: AttentionCall, state: "State", starting: bool) -> Runs:
+        """Choose the blocks worth their cost; heads too far off get more, or all.
+
+        Returns the mean keys and values of the blocks.
+        """
         if state.order is None:
             names = self._names(call)
             state.order = padded_order(call.grid, names, self.block_size).to(call.query.device)
-        score = call.of_all_heads(self.scores(call, state.order))
+        size = self.block_size
+        blocks = -(-call.grid.tokens // size)
+        runs = pool_runs(call, state.order, blocks, size, run_length(size))
+        score = self.scores(call, state.order, runs)  # a broken head must not set the threshold
+        score = call.of_all_heads(score.nan_to_num(nan=0.0, posinf=0.0))
         own = slice(None) if call.peers is None else list(call.places)
         kept = keep_share(score, self.density, self.per_head)[own]
         if self.ceiling > self.density and state.high is not None:
@@ -167,13 +177,14 @@ class Metered:
         if self.mode == "drop":
             kept.diagonal(dim1=1, dim2=2).fill_(True)
         state.kept, state.base = kept, None
-        held = state.broken
+        state.held = None
         if starting:
-            near = torch.zeros_like(kept[:, 0, 0]) if state.near is None else state.near
-            held = ~near if held is None else held | ~near
-        run = kept if held is None else kept | held[:, None, None]
-        pooled = self.mode != "drop"
-        state.mask = block_mask(run, call.grid, state.order, self.block_size, pooled)
+            state.held = torch.ones_like(kept[:, 0, 0]) if state.near is None else ~state.near
+        run = kept
+        for dense in (state.held, state.broken):
+            run = run if dense is None else run | dense[:, None, None]
+        state.mask = block_mask(run, call.grid, state.order, size, self.mode != "drop")
+        return runs.pooled()
 
     def _rows(self, call: AttentionCall) -> torch.Tensor:
         """Return int64 [R]: this call's probe rows, other ones at every layer and step."""
@@ -193,7 +204,9 @@ class Metered:
         rows, exact, found = probes
         good = (found.isfinite() & exact.isfinite()).all(3).all(1).all(0)
         if not bool(good.all()):
-            out, found, exact = self._without(call, backend, out, probes, ~good)
+            self._without(call, backend, out, ~good)
+            calm = good[:, None]
+            found, exact = (torch.where(calm, rest, 0.0) for rest in (found, exact))
             state.broken = ~good if state.broken is None else state.broken | ~good
             state.mask = None
         grid = call.grid
@@ -201,30 +214,23 @@ class Metered:
         error = fit.before
         if self.mode == "repair":
             error = fit.after
-            fit.apply(out, slice(grid.text_before, grid.text_before + grid.tokens))
-        out[0, rows] = exact[0].to(out.dtype)
+            span = slice(grid.text_before, grid.text_before + grid.tokens)
+            fit.apply(out, span, good if state.held is None else good & ~state.held)
+        out[0, rows] = torch.where(good[:, None], exact[0].to(out.dtype), out[0, rows])
         state.note(fit.before, error, self.limit)
         return out
 
     def _without(
-        self,
-        call: AttentionCall,
-        backend: Backend,
-        out: torch.Tensor,
-        probes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        bad: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return output and rows with heads whose probes are not finite run dense, and say so."""
-        _, exact, found = probes
+        self, call: AttentionCall, backend: Backend, out: torch.Tensor, bad: torch.Tensor
+    ) -> None:
+        """Put dense attention where heads' probes are not finite, and say so."""
         heads = bad.nonzero().flatten().tolist()
         known = call.head_index or tuple(range(call.head_count))
         named = sorted({known[h % len(known)] for h in heads})
-        tell(backend, f"metered ran heads dense whose probe rows were not finite: {named}")
-        out[:, :, bad] = backend.dense(call.heads(heads))
-        calm = ~bad[None, None, :, None]
-        return out, torch.where(calm, found, 0.0), torch.where(calm, exact, 0.0)
+        tell(backend, f"metered ran heads dense, their probe rows were not finite: {named}")
+        out[:, :, bad] = backend.dense(call.heads(heads)).to(out.dtype)
 
-    def scores(self, call: AttentionCall, order: TokenOrder) -> torch.Tensor:
+    def scores(self, call: AttentionCall, order: TokenOrder, runs: Runs) -> torch.Tensor:
         """Return float32 [H, blocks, blocks]: what each block is worth to each block of queries."""
         size, tokens = self.block_size, call.grid.tokens
         blocks = -(-tokens // size)
@@ -241,7 +247,6 @@ class Metered:
         index = order.index[:, slots.to(order.index.device)]
         query = gather_heads(call.query[0], index)
         text = _text_scores(call, query)
-        runs = pool_runs(call, order, blocks, size, run_length(size))
         return pooling_error(query, runs, text, call.softmax_scale, each, self.mode != "drop")
 
     def _names(self, call: AttentionCall) -> tuple[str, ...]:
@@ -273,6 +278,7 @@ class State:
         last: the same at the last call.
         high: bool [H], heads whose error passes the limit.
         near: bool [H], heads whose error did not at the last call.
+        held: bool [H], heads that are dense in the start of the run.
         broken: bool [H], heads that stay dense, their probes were not finite.
     """
 
@@ -283,6 +289,7 @@ class State:
     last: torch.Tensor | None = None
     high: torch.Tensor | None = None
     near: torch.Tensor | None = None
+    held: torch.Tensor | None = None
     broken: torch.Tensor | None = None
 
     def wants_choice(self, refresh: float) -> bool:

@@ -7,12 +7,13 @@ over; how well it does so scales the repair of the head, down to none. Shares th
 fitted rows themselves would always look good.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 RIDGE = 0.1  # of the number of rows, on standardised outputs
-RANK = 16  # directions of the error that are repaired
+RANK = 16  # directions of the error that SparsePR repairs
 FOLDS = 4
 
 
@@ -33,12 +34,13 @@ class Repair(NamedTuple):
     before: torch.Tensor
     after: torch.Tensor
 
-    def apply(self, out: torch.Tensor, span: slice) -> None:
+    def apply(self, out: torch.Tensor, span: slice, heads: torch.Tensor | None = None) -> None:
         """Take the predicted error off the tokens `span` of [1, S, H, D], in place.
 
-        Heads with nothing to gain are not touched, not even by rounding.
+        Only of `heads`, bool [H]. Heads with nothing to gain are not touched, not even by rounding.
         """
-        useful = ((self.gate > 0) & (self.before > 0)).nonzero().flatten()
+        worth = (self.gate > 0) & (self.before > 0)
+        useful = (worth if heads is None else worth & heads).nonzero().flatten()
         if not len(useful):
             return
         every = len(useful) == len(self.gate)
@@ -68,26 +70,34 @@ def fit_repair(
         found: [1, R, H, D], sparse.
         exact: [1, R, H, D], dense.
         ridge: weight of the penalty per row.
-        rank: directions of the error that are kept.
+        rank: directions of the error that are kept; 0 for all.
         gated: whether rows held out decide how much is taken off.
     """
     x, true = (t[0].transpose(0, 1).float() for t in (found, exact))  # [H, R, D]
     error = true - x
     size = true.square().sum(dim=(1, 2)).clamp(min=1e-30)
     before = (error.square().sum(dim=(1, 2)) / size).sqrt()
-    guess = torch.empty_like(error)
-    place = torch.arange(x.shape[1], device=x.device) % FOLDS
-    for fold in range(FOLDS):
-        held = place == fold
-        fit = _fit(x[:, ~held], error[:, ~held], ridge, rank)
-        guess[:, held] = torch.baddbmm(fit.offset, x[:, held], fit.slope)
+    seen, held = _folds(x.shape[1], x.device)
+    fit = _fit(x[:, seen].flatten(0, 1), error[:, seen].flatten(0, 1), ridge, rank)
+    guess = torch.baddbmm(fit.offset, x[:, held].flatten(0, 1), fit.slope)
+    guess = guess.view(x.shape[0], -1, x.shape[2])
+    asked = error[:, held.flatten()]
     power = guess.square().sum(dim=(1, 2))
-    gate = ((error * guess).sum(dim=(1, 2)) / power.clamp(min=1e-30)).clamp(0, 1)
+    gate = ((asked * guess).sum(dim=(1, 2)) / power.clamp(min=1e-30)).clamp(0, 1)
     gate = gate if gated else torch.ones_like(gate)
-    left = error - gate[:, None, None] * guess
-    after = (left.square().sum(dim=(1, 2)) / size).sqrt()
+    left = (asked - gate[:, None, None] * guess).square().sum(dim=(1, 2))
+    after = (left / true[:, held.flatten()].square().sum(dim=(1, 2)).clamp(min=1e-30)).sqrt()
     fit = _fit(x, error, ridge, rank)
     return Repair(fit.slope, fit.offset, gate, before, after)
+
+
+@lru_cache(maxsize=16)
+def _folds(rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64 [FOLDS, n]: the rows each fold learns from, and those it is asked about."""
+    whole = torch.arange(rows // FOLDS * FOLDS)
+    held = whole.view(-1, FOLDS).t()
+    seen = torch.stack([whole[whole % FOLDS != fold] for fold in range(FOLDS)])
+    return seen.to(device), held.to(device)
 
 
 class _Fit(NamedTuple):
@@ -105,7 +115,7 @@ def _fit(found: torch.Tensor, error: torch.Tensor, ridge: float, rank: int) -> _
     gram = x @ x.transpose(1, 2)
     gram.diagonal(dim1=1, dim2=2).add_(ridge * found.shape[1])
     slope = x.transpose(1, 2) @ torch.linalg.solve(gram, apart)
-    if rank < min(apart.shape[1:]):
+    if 0 < rank < min(apart.shape[1:]):
         directions = torch.linalg.svd(apart, full_matrices=False).Vh[:, :rank]
         slope = slope @ directions.transpose(1, 2) @ directions
     slope = slope / spread.transpose(1, 2)
