@@ -328,3 +328,19 @@ def test_a_search_for_speed_weighs_choosing_as_the_forecast_does() -> None:
         assert single.cost == pytest.approx(1 / promised.layers[0].attention_speedup, rel=0.02)
     assert solver(0.0).solve(0.75).choice.any()
     assert not solver(500.0).solve(1.0).choice.any()  # every method loses: all stay dense
+
+
+def test_the_studio_promises_what_its_run_will_do() -> None:
+    from dittools.studio.result import forecast_card
+
+    plan = Plan((Rule(PSA, layers=(1,)),))
+    dear = dict.fromkeys(STATES, 230.0)
+    cost = _table(_cost(PSA, 4, 30.0, 0.3, **dear))
+    found = predict(LOAD, plan, cost, seen=_seen(plan, (0.3, 0.3)))
+    assert (round(found.speedup, 2), round(found.speedup_as_given, 2)) == (1.0, 0.71)
+    text = forecast_card(found.to_dict())
+    assert "0.71x" in text  # layers stay in the run that the plan names
+    assert "10.0 s dense, 14.0 s accelerated" in text
+    assert "slower than dense in layers 1" in text
+    assert "it would be 1.00x" in text
+    assert ">0.65<" in text
