@@ -15,10 +15,10 @@ LAYERS = [
     *("serving", "top", "studio", "entry"),
 ]
 # modules outside the layer folders; functional and doctor sit above what they call
-TOP = {"__init__", "doctor", "functional", "commands"}
+TOP = {"__init__", "contract", "doctor", "functional", "commands"}
 ENTRY = {"__main__", "cli"}  # may import everything
 HEAVY = {
-    "diffusers": {"patches", "pipelines", "doctor"},
+    "diffusers": {"patches", "pipelines"},
     "transformers": {"patches", "pipelines", "metrics"},
     "gradio": {"studio"},
     "plotly": {"studio"},
