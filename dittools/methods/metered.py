@@ -15,9 +15,7 @@ from typing import ClassVar
 import torch
 
 from dittools.call import AttentionCall
-from dittools.grid import TokenGrid
 from dittools.kernels import Backend
-from dittools.mask import BlockMask
 from dittools.methods.base import (
     attend_exactly,
     attend_per_item,
@@ -42,8 +40,9 @@ from dittools.methods.compensation import (
     with_pooled_keys,
 )
 from dittools.methods.error_score import pooling_error
+from dittools.methods.metered_state import State
 from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
-from dittools.methods.probes import probe_rows
+from dittools.methods.probes import probe_rows, rows_by_backend
 from dittools.methods.repair import RIDGE, fit_repair
 from dittools.methods.selection import keep_share
 from dittools.order import TokenOrder
@@ -149,14 +148,14 @@ class Metered:
         if not self.probes:
             return out
         rows = self._rows(call)
-        exact = _dense_rows(call, backend, rows)
+        exact = rows_by_backend(call, backend, rows)
         if starting:  # what the rows would be if no head were held dense
             found = sparse_rows(made, rows, state.kept, state.order, self.block_size)
         else:
             found = out.index_select(1, rows)
         return self._mended(call, backend, out, (rows, exact, found), state)
 
-    def _choose(self, call: AttentionCall, state: "State", starting: bool) -> Runs:
+    def _choose(self, call: AttentionCall, state: State, starting: bool) -> Runs:
         """Choose the blocks worth their cost; heads too far off get more, or all.
 
         Returns the mean keys and values of the blocks.
@@ -198,7 +197,7 @@ class Metered:
         backend: Backend,
         out: torch.Tensor,
         probes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-        state: "State",
+        state: State,
     ) -> torch.Tensor:
         """Return the output mended by its probe rows, and note what they say of the next call."""
         rows, exact, found = probes
@@ -264,66 +263,6 @@ class Metered:
             mass = _mass(call, index, self.block_size, self.rows, ORDER_BLOCKS)
             recalls.append(mass_recall(mass, self.density))
         return tuple(NAMES[distinct[place]] for place in best_order(torch.stack(recalls)))
-
-
-@dataclass
-class State:
-    """What one site remembers from step to step, over its heads.
-
-    Attributes:
-        order: slots of every head.
-        kept: bool [H, blocks, blocks], what was chosen.
-        mask: what runs; None asks for a new choice.
-        base: float [H], error on the probe rows when the blocks were chosen.
-        last: the same at the last call.
-        high: bool [H], heads whose error passes the limit.
-        near: bool [H], heads whose error did not at the last call.
-        held: bool [H], heads that are dense in the start of the run.
-        broken: bool [H], heads that stay dense, their probes were not finite.
-    """
-
-    order: TokenOrder | None = None
-    kept: torch.Tensor | None = None
-    mask: BlockMask | None = None
-    base: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-    high: torch.Tensor | None = None
-    near: torch.Tensor | None = None
-    held: torch.Tensor | None = None
-    broken: torch.Tensor | None = None
-
-    def wants_choice(self, refresh: float) -> bool:
-        """Whether blocks are to be chosen anew: never chosen, or some head's error has grown."""
-        if self.mask is None or not refresh:
-            return True
-        if self.base is None or self.last is None:
-            return False
-        return bool((self.last > refresh * self.base).any())
-
-    def note(self, before: torch.Tensor, after: torch.Tensor, limit: float) -> None:
-        """Remember the error of a call: as it came, which choices answer for, and as it left."""
-        self.last = before
-        if self.base is None:
-            self.base = before
-        if limit:
-            near = after <= limit
-            if self.high is not None and bool((self.high == near).any()):
-                self.mask = None  # some head changes between its two densities
-            self.near, self.high = near, ~near
-
-
-def _dense_rows(call: AttentionCall, backend: Backend, rows: torch.Tensor) -> torch.Tensor:
-    """Return [1, R, H, D]: some queries over all keys, run and counted by the backend."""
-    asked = AttentionCall(
-        call.query.index_select(1, rows),
-        call.key,
-        call.value,
-        TokenGrid(1, 1, len(rows)),
-        scale=call.scale,
-        key_mask=call.key_mask,
-        key_bias=call.key_bias,
-    )
-    return backend.dense(asked)
 
 
 def _mass(

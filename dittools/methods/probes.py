@@ -7,6 +7,8 @@ whatever the method was. Rows are drawn at random: picked ones (near group means
 import torch
 
 from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels import Backend
 
 _CHUNK = 2**24  # scores held at a time
 
@@ -51,6 +53,20 @@ def exact_rows(call: AttentionCall, rows: torch.Tensor) -> torch.Tensor:
                 weights = scores.softmax(-1)
             out[item, some] = weights @ call.value[item, :, some].transpose(0, 1).to(wide)
     return out.transpose(1, 2)
+
+
+def rows_by_backend(call: AttentionCall, backend: Backend, rows: torch.Tensor) -> torch.Tensor:
+    """Return [B, R, H, D]: some queries over all keys, run and counted by the backend."""
+    asked = AttentionCall(
+        call.query.index_select(1, rows),
+        call.key,
+        call.value,
+        TokenGrid(1, 1, len(rows)),
+        scale=call.scale,
+        key_mask=call.key_mask,
+        key_bias=call.key_bias,
+    )
+    return backend.dense(asked)
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
