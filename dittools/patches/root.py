@@ -275,6 +275,7 @@ class Root:
             tally.dense += 1
             tally.fallbacks[str(error)] += 1
             return call.dense()
+        tally.fallbacks.update(meter.notes)
         self._note(meter, whole, tally)
         out = parts[0][1] if len(parts) == 1 else _scatter(whole, parts)
         return out.transpose(1, 2) if call.heads_first else out
