@@ -16,6 +16,7 @@ from toys import OLD, SPARSE, shared
 
 import dittools
 from dittools.call import AttentionCall, Peers
+from dittools.cli import main
 from dittools.errors import InputError, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.methods import build
@@ -25,6 +26,7 @@ from dittools.patches.refusals import RING, UNKNOWN_SPLIT
 from dittools.patches.sites import ORIGINALS, SeamCall
 from dittools.plans import Plan, Rule
 from dittools.plans.balance import assign, capacities, head_work, in_order, plan_balance, slowest
+from dittools.searching.forecast import forecast
 
 ROOT = Path(__file__).parents[1]
 WAN = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}  # 3 x 4 x 4 tokens
@@ -91,6 +93,32 @@ def test_work_is_counted_where_the_mask_is_known_and_asked_for_elsewhere() -> No
     assert head_work(rules, grid, 6, seen)[1] == 0.25
 
 
+def test_a_forecast_says_how_ranks_share_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(
+        '{"num_attention_heads": 8, "attention_head_dim": 8, "num_layers": 2,'
+        ' "patch_size": [1, 2, 2]}'
+    )
+    rules = (Rule(build("radial", SMALL)), Rule(build("dense", {}), heads=(0, 1)))
+    plan = Plan(rules).save(tmp_path / "plan.json")
+    sizes = {"height": 128, "width": 128, "frames": 13, "steps": 2}
+    found = forecast(tmp_path / "config.json", plan, **sizes, ranks=2)  # type: ignore[arg-type]
+    assert found.balance is not None
+    assert found.balance.slowest == 1.0 < found.balance.in_order
+    assert found.to_dict()["balance"]["work"] == list(found.balance.work)
+    assert "ranks              2, kept work" in str(found)
+    words = [f"--{name}={value}" for name, value in sizes.items()]
+    model, file = str(tmp_path / "config.json"), str(plan)
+    command = ["forecast", "--model", model, "--plan", file, *words, "--ranks", "2"]
+    with pytest.raises(SystemExit, match="0"):
+        main(command)
+    assert f"ranks {found.balance}" in " ".join(capsys.readouterr().out.split())
+    for ranks in (7, 0):
+        with pytest.raises(InputError, match=f"8 heads cannot be spread over {ranks} ranks"):
+            forecast(tmp_path / "config.json", plan, **sizes, ranks=ranks)  # type: ignore[arg-type]
+
+
 def test_forecast_shows_the_work_of_ranks() -> None:
     rules = (Rule(build("radial", SMALL)), Rule(build("dense", {}), heads=(0, 1)))
     found = plan_balance(Plan(rules), TokenGrid(4, 8, 8), layers=2, heads=8, steps=4, ranks=2)
@@ -98,7 +126,10 @@ def test_forecast_shows_the_work_of_ranks() -> None:
     assert found.work == pytest.approx(((1 + 3 * share) / 4,) * 2)
     assert (found.slowest, found.worst) == (1.0, 1.0)
     assert found.in_order == pytest.approx((2 + 2 * share) / (1 + 3 * share))
-    assert "kept work" in str(found)
+    assert "above the mean" in str(found)
+    assert "needs ulysses_anything" not in str(found)
+    uneven = plan_balance(Plan(rules), TokenGrid(4, 8, 8), layers=1, heads=8, steps=1, ranks=3)
+    assert "needs ulysses_anything" in str(uneven)
 
 
 # --- tokens
@@ -370,7 +401,16 @@ def test_four_ranks_make_the_clip_of_one(tmp_path: Path) -> None:
         "wan": {"heads": 8, "call": WAN},
         "flux": {"heads": 8, "call": FLUX},
         "flux2": {"heads": 8, "call": FLUX},
-        "qwen_image": {"heads": 8, "call": {**FLUX, "height": 64, "width": 64}, "anything": True},
+        "qwen_image": {
+            "heads": 8,
+            "call": {
+                **FLUX,
+                "height": 64,
+                "width": 64,
+                "negative_prompt": "a cat on a blue square",
+            },
+            "anything": True,
+        },
     }
     methods: dict[str, dict[str, Any]] = {
         "paro": {"density": 0.3},

@@ -29,6 +29,9 @@ def forecast(
     backend: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Show the work of each of so many Ulysses ranks.")
+    ] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Write the plan with losing layers left dense.")
     ] = None,
@@ -89,7 +92,7 @@ def forecast(
 
         subject, known = _load(model, dtype, device, {**sizes, "seed": 0})
         sizes = {name: known[name] for name in (*sizes, "guidance")}
-    found = run_forecast(subject, chosen, **sizes, backend=backend, costs=costs)  # type: ignore[arg-type]
+    found = run_forecast(subject, chosen, **sizes, backend=backend, costs=costs, ranks=ranks)  # type: ignore[arg-type]
     if out is not None:
         found.plan.save(out)
     if as_json:

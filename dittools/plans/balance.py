@@ -31,6 +31,7 @@ class Balance:
             waits for its own slowest rank.
         worst: the same in the worst layer.
         in_order: `slowest` without dealing heads out.
+        is_even: whether ranks have equal numbers of heads, which plain Ulysses asks for.
     """
 
     ranks: int
@@ -38,13 +39,16 @@ class Balance:
     slowest: float
     worst: float
     in_order: float
+    is_even: bool = True
 
     def __str__(self) -> str:
         """Return one line."""
         work = " ".join(f"{share:.3f}" for share in self.work)
+        uneven = "" if self.is_even else " (needs ulysses_anything)"
         return (
-            f"{self.ranks}, kept work {work}; slowest {self.slowest - 1:+.1%} of the mean "
-            f"({self.worst - 1:+.1%} in the worst layer, {self.in_order - 1:+.1%} in order)"
+            f"{self.ranks}{uneven}, kept work {work}; slowest {self.slowest - 1:.1%} above the mean"
+            f" ({self.worst - 1:.1%} in the worst layer, {self.in_order - 1:.1%} with heads in"
+            " order)"
         )
 
 
@@ -54,7 +58,7 @@ def capacities(heads: int, ranks: int) -> tuple[int, ...]:
     Raises:
         InputError: a rank would be left without heads.
     """
-    each = -(-heads // ranks)
+    each = -(-heads // max(ranks, 1))
     last = heads - each * (ranks - 1)
     if heads < 1 or ranks < 1 or last < 1:
         raise InputError(
@@ -166,12 +170,12 @@ def plan_balance(
             for weight, work in parts:
                 loads = _loads([weight * share for share in work], owners, ranks)
                 total = [a + b for a, b in zip(total, loads, strict=True)]
-    mean = sum(total) / ranks
+    mean, is_even = sum(total) / ranks, heads % ranks == 0
     dense = layers * steps * heads / ranks * (2 if plan.needs_branch else 1)
     shares = tuple(load / dense for load in total)
     if not mean:
-        return Balance(ranks, shares, 1.0, 1.0, 1.0)
-    return Balance(ranks, shares, top / mean, worst, plain / mean)
+        return Balance(ranks, shares, 1.0, 1.0, 1.0, is_even)
+    return Balance(ranks, shares, top / mean, worst, plain / mean, is_even)
 
 
 def _shares(

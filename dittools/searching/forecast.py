@@ -12,6 +12,7 @@ from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.methods import Method, build
 from dittools.plans import Plan, Rule
+from dittools.plans.balance import Balance, plan_balance
 from dittools.reading import misfit, read_json
 from dittools.searching.cost import DEFAULT_BLOCK, CostTable, flops_table, measure_costs
 from dittools.searching.look import Look, groups_of, look
@@ -54,6 +55,7 @@ class Forecast:
         unknown: methods whose density only shows in a run, counted at the value in brackets.
         layers: one entry per layer.
         plan: the plan with the losing layers left dense.
+        balance: how its work falls on the ranks of a context-parallel group, where asked for.
     """
 
     basis: str
@@ -70,11 +72,13 @@ class Forecast:
     unknown: tuple[str, ...]
     layers: tuple[LayerForecast, ...]
     plan: Plan = field(repr=False)
+    balance: Balance | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types, the plan left out."""
         content = {k: v for k, v in vars(self).items() if k != "plan"}
         content["layers"] = [asdict(layer) for layer in self.layers]
+        content["balance"] = None if self.balance is None else asdict(self.balance)
         return json.loads(json.dumps(content))  # type: ignore[no-any-return]
 
     def __str__(self) -> str:
@@ -92,6 +96,7 @@ class Forecast:
             lines.append(f"left dense         layers {names}: sparse is slower there")
             lines.append(f"the plan as it is  {self.speedup_as_given:.2f}x")
         lines += [f"not known          {text}" for text in self.unknown]
+        lines += [] if self.balance is None else [f"ranks              {self.balance}"]
         lines += [
             f"layer {n.layer:<3} density {n.density:.3f}, attention {n.attention_speedup:.2f}x"
             for n in self.layers
@@ -117,6 +122,7 @@ def forecast(
     backend: str = "auto",
     costs: CostTable | None = None,
     vae_scale: tuple[int, int, int] = (4, 8, 8),
+    ranks: int = 1,
 ) -> Forecast:
     """Return what a plan promises on a model at one size, layer by layer.
 
@@ -134,8 +140,10 @@ def forecast(
         backend: that will run the plan.
         costs: kernel times of an earlier search, in place of timing again.
         vae_scale: pixels per latent in time, height and width; for configs.
+        ranks: of a context-parallel group; above 1 the work of each is shown. Times stay those of
+            one device.
     Raises:
-        InputError: the config lacks a size, or the plan does not fit.
+        InputError: the config lacks a size, the plan does not fit, or ranks cannot share the heads.
         PlanError: the plan was made for another model.
     """
     chosen = _plan(plan)
@@ -143,7 +151,8 @@ def forecast(
         given = _load_config(model)
         load = load_of_config(given, height, width, frames, steps or 50, vae_scale)
         table = costs or flops_table(load.grid, load.heads, load.head_dim)
-        return predict(load, chosen, table, may_decline=backend == "auto")
+        found = predict(load, chosen, table, may_decline=backend == "auto")
+        return _balanced(found, load, ranks)
     sizes = {"height": height, "width": width, "frames": frames}
     wanted = settings_for(model, {**sizes, "steps": steps, "guidance": guidance})
     wanted = replace(wanted, prompt="a red circle")
@@ -174,7 +183,8 @@ def forecast(
         groups=groups_of(chosen, load),
         sample=None if seen is None else seen.sample,
     )
-    return predict(load, chosen, table, may_decline=backend == "auto", seen=seen)
+    found = predict(load, chosen, table, may_decline=backend == "auto", seen=seen)
+    return _balanced(found, load, ranks)
 
 
 def predict(
@@ -217,6 +227,22 @@ def predict(
         tuple(found),
         without_layers(plan, losing, load.layers),
     )
+
+
+def _balanced(found: Forecast, load: Load, ranks: int) -> Forecast:
+    """Return the forecast with the work of every rank."""
+    if ranks == 1:
+        return found
+    balance = plan_balance(
+        found.plan,
+        load.grid,
+        layers=load.layers,
+        heads=load.heads,
+        steps=load.steps,
+        ranks=ranks,
+        paths=load.paths,
+    )
+    return replace(found, balance=balance)
 
 
 def _judged(layer: int, price: Price) -> LayerForecast:
