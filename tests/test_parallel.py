@@ -430,5 +430,12 @@ def test_four_ranks_make_the_clip_of_one(tmp_path: Path) -> None:
     for name, found in _run(tmp_path, jobs, 4).items():
         for rank, one in enumerate(found):
             assert one["error"] < 3e-6, (name, rank, one["error"])
-            assert one["report"]["calls"] == one["single"]["calls"], (name, rank)
+            calls, single = one["report"]["calls"], one["single"]["calls"]
+            if name.endswith("sparse_vdit"):  # a rank all of whose heads chose `full` runs dense
+                assert sum(calls.values()) == sum(single.values()), (name, rank)
+                assert calls["sparse"] <= single["sparse"] == 4 + 4 * ("wan" in name), (name, rank)
+            else:
+                assert calls == single, (name, rank)
+        most = max(one["report"]["calls"]["sparse"] for one in found)
+        assert bool(most) == bool(found[0]["single"]["calls"]["sparse"]) == (name != "flux svg")
         assert name.endswith("mixed") <= (found[0]["sparse_gap"] > 1e-4), name
