@@ -1,5 +1,6 @@
 """Runs one after another, in turns and side by side leave nothing behind and do not mix."""
 
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -32,13 +33,26 @@ def soak_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_repeated_runs_give_the_first_results_and_leak_nothing(soak_script: ModuleType) -> None:
     soak = soak_script.Soak(["tiny/wan", "tiny/flux"])
-    found = soak_script.long_run(soak, 24)
+    alive: dict[int, int] = {}
+
+    def note(done: int, reading: Any) -> None:
+        if done in (12, 24):
+            alive[done] = tensor_bytes()
+
+    found = soak_script.long_run(soak, 24, note)
     assert found["jobs"] == 6
     assert found["jobs_without_sparse_calls"] == 0
     assert found["differing"] == 0
     assert found["files"][1] <= found["files"][0]
     assert found["threads"][1] <= found["threads"][0]
-    assert found["held_mb"][2] - found["held_mb"][1] < 20  # a leak of one run's tensors is more
+    assert alive[24] == alive[12] > 0
+
+
+def tensor_bytes() -> int:
+    """Return what all tensors of this process hold, once those nobody can reach are gone."""
+    gc.collect()
+    kinds = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+    return sum(one.nbytes for one in kinds)
 
 
 def test_two_threads_give_what_each_gives_alone(soak_script: ModuleType) -> None:
@@ -51,28 +65,43 @@ def test_two_threads_give_what_each_gives_alone(soak_script: ModuleType) -> None
 def test_the_figures_see_a_difference_a_leak_and_a_failure(
     soak_script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = iter(range(1000))
-    held: list[tuple[Any, torch.Tensor]] = []
+    """What the process holds is made up: the real thing moves with what else runs in it."""
+    results, runs = iter(range(1000)), iter(range(1000))
 
-    def leaky(self: Any, job: Any, pipe: Any = None) -> torch.Tensor:
-        file = Path(__file__).open()  # noqa: SIM115 - it must stay open
-        held.append((file, torch.ones(1 << 18)))  # and 1 MB a run
+    def differing(self: Any, job: Any, pipe: Any = None) -> torch.Tensor:
+        self.sparse[job] = 0
         return torch.tensor(next(results))
 
-    monkeypatch.setattr(soak_script.Soak, "generate", leaky)
+    def leaky() -> Any:  # 1 MB, a file and a thread a run
+        run = next(runs)
+        return soak_script.Reading(200.0 + run, 20 + run, 2 + run)
+
+    monkeypatch.setattr(soak_script.Soak, "generate", differing)
+    monkeypatch.setattr(soak_script, "reading", leaky)
     soak = soak_script.Soak(["tiny/wan", "tiny/flux"])
     found = {
         "long": soak_script.long_run(soak, 24),
         "side_by_side": soak_script.side_by_side(soak, ("tiny/wan", "tiny/flux"), 4),
     }
-    for file, _ in held:
-        file.close()
-    reasons = " ".join(soak_script.broken(found))
-    assert "memory grows by" in reasons
-    assert "files grow from" in reasons
-    assert "18 runs differ" in reasons
-    assert "8 runs in threads differ" in reasons
+    reasons = soak_script.broken(found)
+    assert "memory grows by 1.0 MB a run" in reasons
+    assert "files grow from 32 to 43" in reasons
+    assert "threads grow from 14 to 25" in reasons
+    assert "18 runs differ from the first of their kind" in reasons
+    assert "6 combinations never ran sparse" in reasons
+    assert "8 runs in threads differ, 0 failed" in reasons
+    assert len(reasons) == 6
     assert soak_script.slope([1.0, 3.0, 5.0]) == pytest.approx(2.0)
+
+
+def test_what_the_process_holds_is_read(soak_script: ModuleType, tmp_path: Path) -> None:
+    before = soak_script.reading()
+    held = torch.ones(1 << 25)  # 128 MB: far above what comes and goes
+    with (tmp_path / "open").open("w"):
+        during = soak_script.reading()
+    assert during.held_mb - before.held_mb == pytest.approx(held.nbytes / 2**20, abs=32)
+    assert during.files == before.files + 1
+    assert during.threads >= 1
 
 
 @pytest.mark.parametrize("method", ["svg2", "paro", "sparse_vdit", "radial"])
