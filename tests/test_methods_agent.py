@@ -98,6 +98,41 @@ def test_a_sharp_second_softmax_copies_the_best_agent() -> None:
     assert len(torch.unique(out[0, :, 0].round(decimals=9), dim=0)) <= 4
 
 
+def test_identical_agents_act_as_one() -> None:
+    grid = TokenGrid(1, 8, 8)
+    call = call_of(grid)
+    alike = replace(call, query=call.query[:, :1].expand_as(call.query).contiguous())
+    several, one = (Agent(cell=(1, side, side), early=1.0, **PLAIN) for side in (4, 8))
+    gathered = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (alike.query[:, :1], alike.key, alike.value))
+    )
+    for method in (several, one):
+        out = method.attend(alike, BACKEND)
+        torch.testing.assert_close(out, gathered.transpose(1, 2).expand_as(out))
+    apart = several.attend(call, BACKEND)  # agents that differ are read in differing shares
+    assert not torch.allclose(apart, apart[:, :1].expand_as(apart), atol=1e-3)
+
+
+def test_queries_as_their_own_agents_are_not_dense_attention() -> None:
+    call = call_of(TokenGrid(1, 4, 6))
+    q, k, v = (t.transpose(1, 2) for t in (call.query, call.key, call.value))
+    dense = torch.softmax(q @ k.transpose(2, 3) * 8**-0.5, dim=-1)
+    read = torch.softmax(q @ q.transpose(2, 3) * 8 ** (-0.5 * 0.3), dim=-1)
+    out = Agent(**PLAIN)._through(call, call.query, BACKEND).transpose(1, 2)
+    torch.testing.assert_close(out, read @ dense @ v)
+    assert float((out - dense @ v).norm() / (dense @ v).norm()) > 0.2
+
+
+def test_queries_may_change_places_where_the_agents_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(TokenGrid(1, 8, 12))
+    agents = cell_mean(call.query, call.grid, (1, 4, 4))
+    monkeypatch.setattr(Agent, "_pool", lambda *_: agents)
+    order = torch.randperm(96)
+    mixed = replace(call, query=call.query[:, order])
+    one, other = (Agent(early=1.0, **PLAIN).attend(c, BACKEND) for c in (call, mixed))
+    torch.testing.assert_close(one[:, order], other)
+
+
 @pytest.mark.parametrize("text", [(0, 7), (5, 0), (3, 4)])
 def test_text_rows_are_exact_and_padding_changes_nothing(text: tuple[int, int]) -> None:
     grid = TokenGrid(2, 8, 9, *text)
