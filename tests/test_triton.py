@@ -96,6 +96,38 @@ def test_eight_bit_attention_stays_near_exact_with_offset_keys(
     assert_rounds_no_more_than_it_must(row, values)
 
 
+WIRED = case_module().wired_cases()
+
+
+def assert_is_the_specification_but_for_weights(row: dict[str, object]) -> None:
+    assert row["refused"] == []
+    assert row["finite"]
+    assert row["empty_right"]
+    assert row["lse_error"] < 2e-5, row  # queries and keys are rounded alike
+    # weights have one constant scale here and one per block there
+    assert row["error"] < 1.25 * row["reference"], row  # type: ignore[operator]
+    assert row["apart"] < 0.008, row
+
+
+@needs_triton
+@pytest.mark.parametrize(("case", "way"), WIRED, ids=lambda part: getattr(part, "name", part))
+def test_calls_that_ask_for_few_bits_follow_the_specification(
+    case: object, way: str, interpreted: dict[str, dict[str, object]]
+) -> None:
+    row = interpreted[f"{case.name}-wired-{way}"]  # type: ignore[attr-defined]
+    assert row["backend"] == {"int8": "triton_int8_int8", "int8_half": "triton_int8"}[way]
+    assert_is_the_specification_but_for_weights(row)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("case", "way"), WIRED, ids=lambda part: getattr(part, "name", part))
+def test_calls_that_ask_for_few_bits_follow_the_specification_on_the_device(
+    case: object, way: str
+) -> None:
+    assert_is_the_specification_but_for_weights(case_module().wired(case, way, "cuda"))
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(("case", "values"), EIGHT, ids=lambda part: getattr(part, "name", part))

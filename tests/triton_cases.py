@@ -267,6 +267,46 @@ def eight_bit_cases() -> list[tuple[Case, str]]:
     return [(case, values) for case in picked for values in ("half", "int8", "fp8")]
 
 
+def wired_cases() -> list[tuple[Case, str]]:
+    """Calls that ask for few-bit products themselves, whole and cut, ordered, padded, biased."""
+    picked = [
+        Case(2, dtype="bf16", head_dim=128, q_block=128, batch=2, cut=False),
+        Case(3, dtype="fp16", order="padded", text=11, bias="dropped"),
+        Case(4, dtype="bf16", order="heads", extra=13, bias="heads", head_dim=72),
+        Case(7, dtype="fp16", q_block=64, kv_block=32, mask_heads=1, order="shared"),
+    ]
+    return [(case, way) for case in picked for way in ("int8", "int8_half")]
+
+
+def wired(case: Case, way: str, device: str = "cpu") -> dict[str, object]:
+    """Return errors of the backend that a call asking for few bits is sent to.
+
+    reference: of the plain-torch specification against fp64; error: of the kernel against fp64;
+    apart: between the two; all relative.
+    """
+    from dittools.kernels import _QUANTISED, load
+
+    call, mask = build(case, device)
+    asking = replace(call, quantize=way)
+    backend = load(_QUANTISED[way][0])
+    out, lse = backend.block_sparse(asking, mask, return_lse=True)
+    near, near_lse = ReferenceBackend().block_sparse(asking, mask, return_lse=True)
+    wide = {name: getattr(call, name).double() for name in ("query", "key", "value")}
+    exact = ReferenceBackend().block_sparse(replace(call, **wide), mask)
+    kept = near_lse > float("-inf")
+    return {
+        "name": f"{case.name}-wired-{way}",
+        "backend": backend.name,
+        "refused": backend.not_supported(asking, mask),
+        "reference": _relative(near, exact),
+        "error": _relative(out, exact),
+        "apart": _relative(out, near.double()),
+        "lse_error": float((lse - near_lse)[kept].abs().max()),
+        "empty_right": bool(torch.equal(lse > float("-inf"), kept) and not out[~kept].any()),
+        "finite": bool(out.isfinite().all()),
+    }
+
+
 def nan_row(device: str = "cpu") -> dict[str, object]:
     """Return which query rows are NaN after one query row is."""
     from dittools.kernels.triton_backend import TritonBackend
@@ -314,6 +354,8 @@ if __name__ == "__main__":
     if where == "cpu":
         for one, values in eight_bit_cases():
             sys.stdout.write(json.dumps(quantised(one, values)) + "\n")
+        for one, way in wired_cases():
+            sys.stdout.write(json.dumps(wired(one, way)) + "\n")
     sys.stdout.write(json.dumps(nan_row(where)) + "\n")
     for one in poisoned_cases():
         sys.stdout.write(json.dumps(poisoned_case(one, where)) + "\n")
