@@ -32,13 +32,23 @@ STEPS = {"first": 0, "later": 1, "late": 8}  # of 10
 
 
 class Nothing:
-    """A backend that answers at once and adds up what it was asked for."""
+    """A backend that answers at once, in memory laid out as the CPU kernel's, and notes the calls.
+
+    Nothing is worked out while it answers: that would count as choosing.
+    """
 
     name = "nothing"
 
     def __init__(self) -> None:
         """Start with nothing asked."""
-        self.asked = 0.0
+        self._calls: list[tuple[int, float, BlockMask | None]] = []
+
+    @property
+    def asked(self) -> float:
+        """Blocks asked for, in dense calls of one head."""
+        return sum(
+            heads * pairs * (m.computed if m is not None else 1) for heads, pairs, m in self._calls
+        )
 
     def not_supported(self, call: AttentionCall, mask: BlockMask | None = None) -> list[str]:
         """Everything is."""
@@ -50,17 +60,17 @@ class Nothing:
 
     def dense(self, call: AttentionCall) -> torch.Tensor:
         """Return memory as it comes: writing to it would count as choosing."""
-        self.asked += call.head_count
-        return torch.empty_like(call.query)
+        self._calls.append((call.head_count, 1.0, None))
+        return torch.empty(call.query.shape, dtype=call.query.dtype)
 
     def block_sparse(
         self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return memory as it comes: writing to it would count as choosing."""
         pairs = call.query.shape[1] * call.key.shape[1] / call.grid.total**2
-        self.asked += mask.computed * call.head_count * pairs
-        out = torch.empty_like(call.query)
-        return (out, out[..., 0].float()) if return_lse else out
+        self._calls.append((call.head_count, pairs, mask))
+        out = torch.empty(call.query.shape, dtype=call.query.dtype)
+        return (out, torch.empty(out.shape[:3])) if return_lse else out
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
