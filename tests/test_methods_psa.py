@@ -1,5 +1,7 @@
 """Pyramid sparse attention: the numeric oracle, level assignment tables, exactness cases."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,16 +12,11 @@ from dittools.kernels.cpu import CpuBackend
 from dittools.kernels.reference import ReferenceBackend
 from dittools.mask import BlockMask
 from dittools.methods.curves import block_order
-from dittools.methods.psa import (
-    FACTORS,
-    PSA,
-    assign_levels,
-    attend_levels,
-    block_importance,
-    level_density,
-    similarity_cap,
-)
+from dittools.methods.psa import PSA, assign_levels, block_importance, similarity_cap
+from dittools.methods.pyramid import FACTORS, attend_levels, level_density, level_mask
 from dittools.order import TokenOrder
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
 
 BACKEND = ReferenceBackend()
 
@@ -188,15 +185,80 @@ def test_constant_values_stay_constant_with_skips_and_text_rows_are_dense() -> N
     torch.testing.assert_close(method.attend(one, BACKEND), out[1:], atol=1e-6, rtol=0)
 
 
-def test_the_mask_costs_what_the_levels_say() -> None:
-    from dittools.methods.psa import _level_mask
+@pytest.mark.parametrize("block_size", [(32, 32), (128, 32), (128, 128), (64, 16), (48, 48)])
+def test_the_mask_costs_what_the_levels_say(block_size: tuple[int, int]) -> None:
+    grid, (size, keys) = TokenGrid(4, 12, 16), block_size
+    order = block_order(grid, size)
+    levels = torch.tensor((0, *FACTORS))[torch.randint(5, (3, 768 // size, 768 // keys))]
+    tokens = 768 * 15 // 8  # keys of all levels
+    mask = level_mask(levels, grid, order, block_size, tokens)
+    assert mask.density * tokens / 768 == pytest.approx(level_density(levels))
+    if keys in (128, 48):  # pooled key blocks share no block of the launch
+        assert mask.computed == pytest.approx(mask.density)
+        assert mask.tiles is None
 
-    grid = TokenGrid(4, 8, 16)
-    order = block_order(grid, 32)
-    levels = torch.tensor((0, *FACTORS))[torch.randint(5, (3, 16, 16))]
-    tokens = 512 * 15 // 8  # keys of all levels
-    mask = _level_mask(levels, grid, order, 32, tokens)
-    assert mask.computed * tokens / 512 == pytest.approx(level_density(levels))
+
+def by_definition(
+    call: AttentionCall, levels: torch.Tensor, order: TokenOrder, size: int, keys: int
+) -> tuple[torch.Tensor, int]:
+    """Attention of every query over the blocks it asks for, pooled one by one; pairs computed."""
+    grid, pairs = call.grid, 0
+    slots = order.index[0]
+    text = [t for t in range(grid.total) if not 0 <= t - grid.text_before < grid.tokens]
+    out = torch.zeros_like(call.query)
+    for head, i in product(range(call.head_count), range(order.slots // size)):
+        rows = [t for t in slots[i * size : (i + 1) * size].tolist() if t >= 0]
+        groups = [[t] for t in (text if i < levels.shape[1] else range(grid.total))]
+        for j in range(levels.shape[2] if i < levels.shape[1] else 0):
+            factor = int(levels[head, i, j])
+            block = slots[j * keys : (j + 1) * keys]
+            for place in range(0, keys if factor else 0, max(factor, 1)):
+                group = [t for t in block[place : place + factor].tolist() if t >= 0]
+                groups += [group] if group else []
+        pairs += len(rows) * len(groups)
+        k, v = (
+            torch.stack([x[0, g, head].mean(0) for g in groups]) for x in (call.key, call.value)
+        )
+        count = torch.tensor([float(len(g)) for g in groups])
+        scores = call.query[0, rows, head] @ k.t() * call.softmax_scale + count.log()
+        out[0, rows, head] = scores.softmax(-1) @ v
+    return out, pairs
+
+
+@pytest.mark.parametrize("block_size", [(64, 32), (64, 16), (32, 32), (128, 64), (128, 32)])
+@pytest.mark.parametrize("grid", [TokenGrid(3, 7, 9, 4, 6), TokenGrid(4, 8, 8)], ids=str)
+def test_query_and_key_blocks_may_differ(grid: TokenGrid, block_size: tuple[int, int]) -> None:
+    size, keys = block_size
+    q, k, v = (torch.randn(1, grid.total, 2, 16) for _ in range(3))
+    call, order = AttentionCall(q, k, v, grid), block_order(grid, size)
+    shape = (2, -(-grid.tokens // size), -(-grid.tokens // keys))
+    levels = torch.tensor((0, *FACTORS))[torch.randint(5, shape)]
+    levels[:, :, 0] = 4
+    expected, pairs = by_definition(call, levels, order, size, keys)
+    for backend in (BACKEND, Eager()):
+        meter = Meter(backend, call, lambda: BACKEND.dense(call), Stopwatch())
+        out = attend_levels(call, meter, levels, order, size, key_block=keys)
+        torch.testing.assert_close(out, expected, atol=3e-6, rtol=1e-5)
+        assert float(meter.density(call)) == pytest.approx(pairs / (2 * grid.total**2))
+
+
+@pytest.mark.parametrize("keys", [16, 32, 64])
+@pytest.mark.parametrize("rule", ["threshold", "topk"])
+def test_narrow_key_blocks_run_their_levels(keys: int, rule: str) -> None:
+    grid = TokenGrid(5, 8, 9, 3, 5)
+    q, k, v = (torch.randn(2, grid.total, 2, 16) * 2 for _ in range(3))
+    call = AttentionCall(q, k, v, grid)
+    method = PSA(
+        block_size=128, key_block=keys, rule=rule, ends=(0.2, 0.3, 0.4, 0.6), similarity=(0.0,) * 3
+    )
+    out, order = method.attend(call, BACKEND), block_order(grid, 128)
+    for item in range(2):
+        one = AttentionCall(*(x[item : item + 1] for x in (q, k, v)), grid)
+        levels = method.levels(one, order)
+        assert levels.shape == (2, 3, -(-360 // keys))
+        assert len(levels.unique()) > 2
+        expected, _ = by_definition(one, levels, order, 128, keys)
+        torch.testing.assert_close(out[item], expected[0], atol=3e-6, rtol=1e-5)
 
 
 def test_everything_full_is_dense_and_importance_is_repeatable() -> None:
@@ -226,6 +288,18 @@ def test_importance_is_the_largest_sampled_weight(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(found[:, i, j], part / expected)
 
 
+def test_importance_of_narrow_key_blocks_is_that_of_their_own_samples() -> None:
+    q, k = torch.randn(1, 72, 2, 8), torch.randn(1, 72, 2, 8)
+    found = block_importance(q, k, 72, 32, 2, 0.5, key_block=16)
+    scores = torch.einsum("qhd,khd->hqk", q[0, ::2], k[0, ::2]) * 0.5
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    expected = torch.stack([
+        torch.stack([part.amax((1, 2)) for part in rows.split(8, dim=2)], -1)
+        for rows in weights.split(16, dim=1)
+    ], 1)  # fmt: skip
+    torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
+
+
 def test_the_similarity_cap_only_refines() -> None:
     key = torch.randn(1, 32, 1, 8)
     key[0, :16] = torch.randn(1, 1, 8)  # block 0: all alike; block 1: unlike
@@ -242,7 +316,15 @@ def test_the_similarity_cap_only_refines() -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [{"ends": (0.5, 0.4, 0.6, 0.7)}, {"ends": (0.5,)}, {"similarity": (0.5,)}, {"block_size": 20}],
+    [
+        {"ends": (0.5, 0.4, 0.6, 0.7)},
+        {"ends": (0.5,)},
+        {"similarity": (0.5,)},
+        {"block_size": 20},
+        {"key_block": 8},
+        {"key_block": 48},
+        {"key_block": 256},
+    ],
 )
 def test_bad_parameters_are_refused_by_name(params: dict) -> None:
     with pytest.raises(InputError, match=f"psa: {next(iter(params))} is not usable; expected"):

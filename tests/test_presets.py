@@ -41,8 +41,12 @@ PAPERS = {
     ("rectified", "cogvideox15"): Row(5, 50, 0, {"density": 0.15}),
     ("rectified", "flux"): Row(0, 28, 0, {"density": 0.1}),
     ("psa", "wan"): Row(15, 50, 0, {"rule": "threshold", "ends": (0.4, 0.5, 0.6, 0.8)}),
-    ("psa", "wan22"): Row(12, 40, 0, {"rule": "threshold", "ends": (0.5, 0.6, 0.6, 0.8)}),
-    ("psa", "cogvideox15"): Row(15, 50, 0, {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35)}),
+    ("psa", "wan22"): Row(
+        12, 40, 0, {"rule": "threshold", "ends": (0.5, 0.6, 0.6, 0.8), "key_block": 32}
+    ),
+    ("psa", "cogvideox15"): Row(
+        15, 50, 0, {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35), "key_block": 32}
+    ),
     ("psa", "cogvideox"): Row(15, 50, 0, {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35)}),
     ("svg", "wan"): Row(10, 50, 1, {"density": 0.3, "sink": True, "band": "ceil"}),
     ("svg", "hunyuan_video"): Row(5, 50, 1, {"density": 0.25, "sink": False, "band": "floor"}),

@@ -93,9 +93,14 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ),
     ("rectified", "flux"): Published({"density": 0.1}, 0, 0, _RECT + "FLUX.1-dev 4096, all layers"),
     ("psa", "wan"): Published({"ends": (0.4, 0.5, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.1 14B"),
-    ("psa", "wan22"): Published({"ends": (0.5, 0.6, 0.6, 0.8)}, 0.3, 0, _PSA + "Wan2.2 A14B"),
+    ("psa", "wan22"): Published(
+        {"ends": (0.5, 0.6, 0.6, 0.8), "key_block": 32}, 0.3, 0, _PSA + "Wan2.2 A14B"
+    ),
     ("psa", "cogvideox15"): Published(
-        {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35)}, 0.3, 0, _PSA + "CogVideoX1.5 5B"
+        {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35), "key_block": 32},
+        0.3,
+        0,
+        _PSA + "CogVideoX1.5 5B",
     ),
     ("psa", "cogvideox"): Published(
         {"rule": "topk", "ends": (0.1, 0.15, 0.15, 0.35), "curve": "raster"},

@@ -1,26 +1,24 @@
 """Pyramid sparse attention: important key blocks in full, less important ones pooled by 2, 4 or 8.
 
 Source: arXiv:2512.04025 and ziplab/Pyramid-Sparse-Attention. A pooled key gets the bias ln(tokens
-it stands for), which makes it weigh as that many tokens. Pooled keys are extra keys of the call, in
-blocks of an eighth of a key block, so one ordinary launch runs all levels. Levels are assigned as
+it stands for), which makes it weigh as that many tokens. Pooled keys are extra keys of the call,
+and one ordinary launch runs all levels. Levels are assigned as
 in the authors' code; differences: the importance is sampled at fixed offsets instead of random
 ones, ragged ends are pooled with true counts, and text keys are full and text queries dense.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from dittools.call import AttentionCall
-from dittools.grid import TokenGrid
 from dittools.kernels import Backend
-from dittools.mask import BlockMask
-from dittools.methods.base import attend_exactly, attend_per_item, bad_param, check_params, param
+from dittools.methods.base import attend_per_item, bad_param, check_params, param
 from dittools.methods.curves import placed_order
+from dittools.methods.pyramid import FACTORS, attend_levels
 from dittools.order import TokenOrder
 
-FACTORS = (1, 2, 4, 8)
 _CHUNK = 2**20  # sampled scores held at a time; in a CPU's cache they are read back for free
 
 
@@ -37,7 +35,10 @@ class PSA:
     ends: tuple[float, ...] = param(
         (0.5, 0.6, 0.7, 0.8), "where the levels 1, 1/2, 1/4 and 1/8 end, never falling"
     )
-    block_size: int = param(128, "the tokens per query block and key block", least=16, most=1024)
+    block_size: int = param(128, "the tokens per query block", least=16, most=1024)
+    key_block: int = param(
+        0, "the tokens per key block, a divisor of block_size; 0 takes block_size", least=0
+    )
     sample: int = param(4, "every how many tokens of a block are looked at", least=1)
     similarity: tuple[float, ...] = param(
         (), "the cosines that neighbouring keys need for pooling by 2, 4 and 8; empty does not ask"
@@ -55,6 +56,13 @@ class PSA:
             raise bad_param(self, "similarity", expected="three cosines, or none")
         if self.block_size % 8:
             raise bad_param(self, "block_size", expected="a multiple of 8")
+        key = self.key_block or self.block_size
+        if key % 8 or key < 16 or self.block_size % key:
+            raise bad_param(
+                self,
+                "key_block",
+                expected=f"a multiple of 8 from 16 that divides {self.block_size}",
+            )
 
     def not_supported(self, call: AttentionCall) -> list[str]:
         """Extra keys belong to no block."""
@@ -70,17 +78,19 @@ class PSA:
         levels = self.levels(call, order)
         if bool((levels == 1).all()):
             return backend.dense(call)
-        return attend_levels(call, backend, levels, order, self.block_size)
+        return attend_levels(
+            call, backend, levels, order, self.block_size, key_block=self.key_block
+        )
 
     def levels(self, call: AttentionCall, order: TokenOrder) -> torch.Tensor:
-        """Return int64 [H, blocks, blocks]: the pooling factor of each block pair, 0 to skip."""
-        grid, size = call.grid, self.block_size
+        """Return int64 [H, query blocks, key blocks]: each pair's pooling factor, 0 to skip."""
+        grid, size, keys = call.grid, self.block_size, self.key_block or self.block_size
         importance = block_importance(
-            call.query, call.key, grid.tokens, size, self.sample, call.softmax_scale, order
+            call.query, call.key, grid.tokens, size, self.sample, call.softmax_scale, order, keys
         )
-        found = assign_levels(importance, self.rule, self.ends, size, self.tile)
+        found = assign_levels(importance, self.rule, self.ends, keys, self.tile)
         if self.similarity:
-            cap = similarity_cap(order.apply(call.key), grid.tokens, size, self.similarity)
+            cap = similarity_cap(order.apply(call.key), grid.tokens, keys, self.similarity)
             found = torch.minimum(found, cap[:, None])
         return found
 
@@ -93,40 +103,50 @@ def block_importance(
     sample: int,
     scale: float,
     order: TokenOrder | None = None,
+    key_block: int = 0,
 ) -> torch.Tensor:
-    """Return float32 [H, blocks, blocks], rows sum to 1: the largest sampled score of each pair.
+    """Return float32 [H, query blocks, key blocks], rows sum to 1: each pair's largest score.
 
-    Scores enter as exp(score - largest score of the query), the authors' choice. Products are taken
-    in the dtype of the call.
+    Scores are sampled and enter as exp(score - largest score of the query), the authors' choice.
+    Products are taken in the dtype of the call.
 
     Args:
         query: [1, S, H, D].
         key: [1, S, H, D].
         tokens: grid tokens, which fill the first slots.
-        size: tokens per block.
+        size: tokens per query block.
         sample: every how many tokens are looked at.
         scale: factor on the scores, above 0.
         order: slots the blocks are cut from, one for all heads; None takes the tokens as they are.
+        key_block: tokens per key block; 0 takes size.
     """
-    blocks, heads = -(-tokens // size), query.shape[2]
-    slot = torch.arange(0, blocks * size, size, device=query.device)[:, None]
-    slot = slot + torch.arange(0, size, sample, device=query.device)
-    slot = torch.where(slot < tokens, slot, slot[:, :1])  # a repeat changes no maximum
-    if order is not None:
-        slot = order.index[0, slot]
-    each = slot.shape[1]  # sampled tokens per block
-    rows = query[0, slot.flatten()].transpose(0, 1).contiguous()
-    # columns stand sample after sample, so that a maximum over one block's goes along whole rows
-    columns = key[0, slot.t().flatten()].permute(1, 2, 0).contiguous()
-    out = torch.empty((heads, blocks, blocks), device=query.device)
-    step = max(1, _CHUNK // (heads * blocks * each * each))  # query blocks at a time
+    heads = query.shape[2]
+    asked, seen = (
+        _sampled(tokens, edge, sample, order, query.device) for edge in (size, key_block or size)
+    )
+    (blocks, each), (columns, several) = asked.shape, seen.shape
+    rows = query[0, asked.flatten()].transpose(0, 1).contiguous()
+    # keys stand sample after sample, so that a maximum over one block's goes along whole rows
+    keys = key[0, seen.t().flatten()].permute(1, 2, 0).contiguous()
+    out = torch.empty((heads, blocks, columns), device=query.device)
+    step = max(1, _CHUNK // (heads * columns * each * several))  # query blocks at a time
     for first in range(0, blocks, step):
-        scores = rows[:, first * each : (first + step) * each] @ columns
-        best = scores.unflatten(2, (each, blocks)).amax(2).to(out.dtype)
+        scores = rows[:, first * each : (first + step) * each] @ keys
+        best = scores.unflatten(2, (several, columns)).amax(2).to(out.dtype)
         best -= best.amax(-1, keepdim=True)
         out[:, first : first + step] = best.unflatten(1, (-1, each)).amax(2)
     out = (out * scale).exp_()  # a maximum of exponentials is that of the largest score
     return out / out.sum(-1, keepdim=True)
+
+
+def _sampled(
+    tokens: int, size: int, sample: int, order: TokenOrder | None, device: torch.device
+) -> torch.Tensor:
+    """Return int64 [blocks, samples]: the tokens of every block that are looked at."""
+    slot = torch.arange(0, tokens, size, device=device)[:, None]
+    slot = slot + torch.arange(0, size, sample, device=device)
+    slot = torch.where(slot < tokens, slot, slot[:, :1])  # a repeat changes no maximum
+    return slot if order is None else order.index[0, slot]
 
 
 def assign_levels(
@@ -182,97 +202,3 @@ def similarity_cap(
         alike = (group[:, :, 0] * group[:, :, -1]).sum(-1).mean(1).t()  # [H, blocks]
         cap = torch.where(alike > least, factor, cap)
     return cap
-
-
-def attend_levels(
-    call: AttentionCall,
-    backend: Backend,
-    levels: torch.Tensor,
-    order: TokenOrder,
-    block_size: int,
-    count_bias: bool = True,
-) -> torch.Tensor:
-    """Return [1, S, H, D]: attention over key blocks at the resolution each query block asks for.
-
-    Args:
-        call: batch 1.
-        backend: runs the one launch.
-        levels: int [H, blocks, blocks] over the grid's tokens; 1, 2, 4, 8 or 0.
-        order: the padded order blocks are cut from.
-        block_size: tokens per block.
-        count_bias: whether pooled keys get the log of the tokens they stand for.
-    """
-    grid, blocks = call.grid, levels.shape[1]
-    keys, values, bias = _pyramid(call, order, blocks * block_size, count_bias)
-    extended = replace(call, key=keys, value=values, key_mask=None, key_bias=bias)
-    mask = _level_mask(levels, grid, order, block_size, int(extended.key.shape[1]))
-    out = attend_exactly(extended, backend, mask)
-    return backend.dense(call) if out is None else out
-
-
-def _pyramid(
-    call: AttentionCall, order: TokenOrder, slots: int, count_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return keys, values and their bias: the sequence's own, then pooled by 2, 4 and 8.
-
-    Args:
-        call: batch 1.
-        order: the order that is pooled.
-        slots: leading slots that are pooled, a multiple of 8.
-        count_bias: whether pooled keys get the log of the tokens they stand for.
-    """
-    own = call.key.shape[1]
-    wide = torch.promote_types(call.key.dtype, torch.float32)
-    made = [x.new_empty((1, own + slots // 8 * 7, *x.shape[2:])) for x in (call.key, call.value)]
-    sums = [order.apply(x)[0, :slots].to(wide) for x in (call.key, call.value)]
-    made[0][:, :own], made[1][:, :own] = call.key, call.value
-    count = (order.index[0, :slots] >= 0).float()
-    biases = [_own_bias(call)]
-    for factor in FACTORS[1:]:  # each level from the one before
-        count = count.unflatten(0, (-1, 2)).sum(1)
-        sums = [x[0::2] + x[1::2] for x in sums]
-        share = (1 / count.clamp(min=1))[:, None, None]
-        for source, target in zip(sums, made, strict=True):
-            target[0, own : own + slots // factor] = source * share
-        own += slots // factor
-        bias = count.log() if count_bias else torch.where(count > 0, 0.0, float("-inf"))
-        biases.append(bias[None, None].expand(1, biases[0].shape[1], -1))
-    return made[0], made[1], torch.cat(biases, dim=2)
-
-
-def _own_bias(call: AttentionCall) -> torch.Tensor:
-    bias = call.additive_mask()
-    if bias is None:
-        return torch.zeros((1, 1, call.key.shape[1]), device=call.query.device)
-    return bias
-
-
-def _level_mask(
-    levels: torch.Tensor, grid: TokenGrid, order: TokenOrder, size: int, kv_tokens: int
-) -> BlockMask:
-    """Return the mask over query blocks and eighths of key blocks, level after level."""
-    heads, blocks, _ = levels.shape
-    q_blocks, eighths = order.slots // size, size // 8
-    parts = []
-    for factor in FACTORS:
-        kept = (levels == factor).repeat_interleave(8 // factor, dim=2)
-        columns = q_blocks * 8 if factor == 1 else kept.shape[2]
-        part = levels.new_zeros((heads, q_blocks, columns), dtype=torch.bool)
-        part[:, :blocks, : kept.shape[2]] = kept
-        if factor == 1:
-            part[:, blocks:] = True  # text queries
-            part[:, :, kept.shape[2] :] = True  # text keys
-        parts.append(part)
-    return BlockMask(
-        torch.cat(parts, dim=2),
-        (size, eighths),
-        order=order,
-        q_tokens=grid.total,
-        kv_tokens=kv_tokens,
-    )
-
-
-def level_density(levels: torch.Tensor) -> float:
-    """Return the cost next to full attention: mean of 1 / factor, 0 where a block is skipped."""
-    share = torch.where(levels > 0, 1 / levels.clamp(min=1), 0.0)
-    return float(share.double().mean())
