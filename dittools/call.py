@@ -69,6 +69,7 @@ class AttentionCall:
         unrotated: [B, grid.tokens, H, D], the query of the grid's tokens before RoPE; likewise.
         full: geometry of the finest level of the model, where levels differ (UNets); else None.
         peers: what the method runs in all, where other processes hold some of its heads.
+        items: clips whose heads follow one another, where a batch is folded into heads.
     """
 
     query: torch.Tensor
@@ -89,6 +90,7 @@ class AttentionCall:
     unrotated: torch.Tensor | None = None
     full: TokenGrid | None = None
     peers: Peers | None = None
+    items: int = 1
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and devices once, where the call is made."""
@@ -167,6 +169,7 @@ class AttentionCall:
             memory=self.memory.setdefault(f"heads {chosen}", {}),
             head_index=chosen,
             peers=None,
+            items=1,
         )
 
     def additive_mask(self) -> torch.Tensor | None:

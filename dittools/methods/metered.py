@@ -16,6 +16,7 @@ import torch
 
 from dittools.call import AttentionCall
 from dittools.kernels import Backend
+from dittools.mask import BlockMask
 from dittools.methods.base import (
     attend_exactly,
     attend_per_item,
@@ -24,13 +25,7 @@ from dittools.methods.base import (
     param,
     tell,
 )
-from dittools.methods.block_sampling import (
-    gather_heads,
-    run_length,
-    sampled_mass,
-    sampled_slots,
-)
-from dittools.methods.block_statistics import mass_recall
+from dittools.methods.block_sampling import run_length
 from dittools.methods.compensation import (
     Runs,
     block_mask,
@@ -39,9 +34,9 @@ from dittools.methods.compensation import (
     sparse_rows,
     with_pooled_keys,
 )
-from dittools.methods.error_score import pooling_error
+from dittools.methods.metered_choice import block_mass, error_scores, order_names, some_heads
 from dittools.methods.metered_state import State
-from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
+from dittools.methods.paro import NAMES
 from dittools.methods.probes import probe_rows, rows_by_backend
 from dittools.methods.repair import RIDGE, fit_repair
 from dittools.methods.selection import keep_share
@@ -72,7 +67,7 @@ class Metered:
     )
     block_size: int = param(64, "the tokens per block", least=8, most=1024)
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
-    per_head: bool = param(False, "whether every head keeps the same share")
+    per_head: bool = param(True, "whether every head keeps the same share")
     probes: int = param(64, "the rows attended exactly; 0 for none", least=0)
     refresh: float = param(
         1.3,
@@ -129,20 +124,21 @@ class Metered:
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         key = f"metered {self} {call.grid} {call.head_count} {call.query.device}"
         state = call.memory.setdefault(key, State())
-        blocks = -(-call.grid.tokens // self.block_size)
         starting = self.start > 0 and call.steps > 0 and call.step < self.start * call.steps
-        pooled = None
-        if starting or state.held is not None or state.wants_choice(self.refresh):
-            pooled = self._choose(call, state, starting)
-        assert state.order is not None
-        assert state.mask is not None
-        assert state.kept is not None
-        made = call
-        if self.mode != "drop":
-            if pooled is None:
-                pooled = pool_runs(call, state.order, blocks, self.block_size, self.block_size)
-            made = with_pooled_keys(call, pooled)
-        out = attend_exactly(made, backend, state.mask)
+        size = self.block_size
+        if state.order is None:
+            names = order_names(call, self.order, size, self.rows, self.density)
+            state.order = padded_order(call.grid, names, size).to(call.query.device)
+        stale = self._stale(call, state, starting)
+        made, runs = call, None
+        if self.mode != "drop" or len(stale):
+            blocks = -(-call.grid.tokens // size)
+            runs = pool_runs(call, state.order, blocks, size, run_length(size))
+        if runs is not None and len(stale):
+            self._choose(call, state, runs, stale, starting)
+        if runs is not None and self.mode != "drop":
+            made = with_pooled_keys(call, runs.pooled())
+        out = attend_exactly(made, backend, self._mask(call, state))
         if out is None:
             return backend.dense(call)
         if not self.probes:
@@ -150,40 +146,66 @@ class Metered:
         rows = self._rows(call)
         exact = rows_by_backend(call, backend, rows)
         if starting:  # what the rows would be if no head were held dense
-            found = sparse_rows(made, rows, state.kept, state.order, self.block_size)
+            assert state.kept is not None
+            found = sparse_rows(made, rows, state.kept, state.order, size)
         else:
             found = out.index_select(1, rows)
         return self._mended(call, backend, out, (rows, exact, found), state)
 
-    def _choose(self, call: AttentionCall, state: State, starting: bool) -> Runs:
-        """Choose the blocks worth their cost; heads too far off get more, or all.
+    def _stale(self, call: AttentionCall, state: State, starting: bool) -> list[int]:
+        """Return the heads that choose their blocks at this call."""
+        every = list(range(call.head_count))
+        if state.kept is None or starting or state.held is not None or not self.refresh:
+            return every
+        stale = state.stale(self.refresh, self.ceiling > self.density)
+        if not self.per_head:  # heads under one threshold choose together, in every process
+            items = call.of_all_heads(stale).view(call.items, -1).any(1).tolist()
+            if call.peers is not None:  # which gather the scores of all their heads or none
+                items = [any(items)] * call.items
+            heads = call.method_heads // call.items
+            return [at for at, place in enumerate(call.places) if items[place // heads]]
+        return stale.nonzero().flatten().tolist()
 
-        Returns the mean keys and values of the blocks.
-        """
-        if state.order is None:
-            names = self._names(call)
-            state.order = padded_order(call.grid, names, self.block_size).to(call.query.device)
-        size = self.block_size
-        blocks = -(-call.grid.tokens // size)
-        runs = pool_runs(call, state.order, blocks, size, run_length(size))
-        score = self.scores(call, state.order, runs)  # a broken head must not set the threshold
-        score = call.of_all_heads(score.nan_to_num(nan=0.0, posinf=0.0))
-        own = slice(None) if call.peers is None else list(call.places)
-        kept = keep_share(score, self.density, self.per_head)[own]
+    def _choose(
+        self, call: AttentionCall, state: State, runs: Runs, stale: list[int], starting: bool
+    ) -> None:
+        """Choose the blocks worth their cost; heads too far off get more, or all."""
+        assert state.order is not None
+        at = torch.tensor(stale, device=call.query.device)
+        looked_at = some_heads(call, state.order, runs, stale)
+        score = self.scores(*looked_at)  # a broken head must not set the threshold
+        score = score.nan_to_num(nan=0.0, posinf=0.0)
+        kept = self._kept(call, score, self.density)
         if self.ceiling > self.density and state.high is not None:
-            more = keep_share(score, self.ceiling, self.per_head)[own]
-            kept = torch.where(state.high[:, None, None], more, kept)
+            more = self._kept(call, score, self.ceiling)
+            kept = torch.where(state.high[at, None, None], more, kept)
         if self.mode == "drop":
             kept.diagonal(dim1=1, dim2=2).fill_(True)
-        state.kept, state.base = kept, None
+        state.chosen(kept, at)
         state.held = None
         if starting:
-            state.held = torch.ones_like(kept[:, 0, 0]) if state.near is None else ~state.near
-        run = kept
-        for dense in (state.held, state.broken):
-            run = run if dense is None else run | dense[:, None, None]
-        state.mask = block_mask(run, call.grid, state.order, size, self.mode != "drop")
-        return runs.pooled()
+            state.held = torch.ones_like(kept[:, 0, 0]) if state.high is None else state.high
+
+    def _kept(self, call: AttentionCall, score: torch.Tensor, density: float) -> torch.Tensor:
+        """Return bool like the scores [n, blocks, blocks] of the heads that choose."""
+        if self.per_head:
+            return keep_share(score, density, True)
+        if call.peers is None:  # all heads of the items that choose
+            items = len(score) * call.items // call.head_count
+            return keep_share(score, density, items=items)
+        kept = keep_share(call.of_all_heads(score), density, items=call.items)
+        return kept[list(call.places)]
+
+    def _mask(self, call: AttentionCall, state: State) -> BlockMask:
+        """Return what runs: the blocks kept, all of them for heads that are dense for now."""
+        if state.mask is None:
+            assert state.kept is not None
+            assert state.order is not None
+            dense = state.dense()
+            run = state.kept if dense is None else state.kept | dense[:, None, None]
+            pooled = self.mode != "drop"
+            state.mask = block_mask(run, call.grid, state.order, self.block_size, pooled)
+        return state.mask
 
     def _rows(self, call: AttentionCall) -> torch.Tensor:
         """Return int64 [R]: this call's probe rows, other ones at every layer and step."""
@@ -207,7 +229,7 @@ class Metered:
             calm = good[:, None]
             found, exact = (torch.where(calm, rest, 0.0) for rest in (found, exact))
             state.broken = ~good if state.broken is None else state.broken | ~good
-            state.mask = None
+            state.mask = None  # dense from the next call on
         grid = call.grid
         fit = fit_repair(found, exact, ridge=self.ridge, rank=self.rank)
         error = fit.before
@@ -216,7 +238,7 @@ class Metered:
             span = slice(grid.text_before, grid.text_before + grid.tokens)
             fit.apply(out, span, good if state.held is None else good & ~state.held)
         out[0, rows] = torch.where(good[:, None], exact[0].to(out.dtype), out[0, rows])
-        state.note(fit.before, error, self.limit)
+        state.note(fit.before, error > self.limit if self.limit else None)
         return out
 
     def _without(
@@ -231,69 +253,6 @@ class Metered:
 
     def scores(self, call: AttentionCall, order: TokenOrder, runs: Runs) -> torch.Tensor:
         """Return float32 [H, blocks, blocks]: what each block is worth to each block of queries."""
-        size, tokens = self.block_size, call.grid.tokens
-        blocks = -(-tokens // size)
         if self.score == "mass":
-            return _mass(call, order.index, size, self.rows)
-        slots = sampled_slots(tokens, size, self.rows)
-        each = len(slots) // blocks
-        if len(slots) != each * blocks:  # a short last block has fewer to show: some stand twice
-            part = torch.arange(self.rows)
-            start = torch.arange(0, tokens, size)[:, None]
-            sizes = (tokens - start).clamp(max=size)
-            slots = (start + (2 * part + 1) * sizes // (2 * self.rows)).flatten()
-            each = self.rows
-        index = order.index[:, slots.to(order.index.device)]
-        query = gather_heads(call.query[0], index)
-        text = _text_scores(call, query)
-        return pooling_error(query, runs, text, call.softmax_scale, each, self.mode != "drop")
-
-    def _names(self, call: AttentionCall) -> tuple[str, ...]:
-        if isinstance(self.order, tuple):
-            names = self.order  # places past them belong to further items of a batch
-            return tuple(names[place % len(names)] for place in call.places)
-        if self.order != "auto":
-            return (self.order,) * call.head_count
-        distinct = distinct_orders(call.grid)
-        if len(distinct) == 1:
-            return (NAMES[0],) * call.head_count
-        recalls = []
-        for number in distinct:
-            index = axis_order(call.grid, number)[None].to(call.query.device)
-            mass = _mass(call, index, self.block_size, self.rows, ORDER_BLOCKS)
-            recalls.append(mass_recall(mass, self.density))
-        return tuple(NAMES[distinct[place]] for place in best_order(torch.stack(recalls)))
-
-
-def _mass(
-    call: AttentionCall, index: torch.Tensor, size: int, rows: int, blocks: int = 0
-) -> torch.Tensor:
-    """Return float32 [H, blocks, blocks]: attention mass of every block, as PARO estimates it."""
-    bias = call.additive_mask()
-    return sampled_mass(
-        call.query[0],
-        call.key[0],
-        index,
-        call.grid.tokens,
-        size,
-        call.softmax_scale,
-        rows=rows,
-        run=run_length(size),
-        blocks=blocks,
-        bias=None if bias is None else bias[0],
-    )
-
-
-def _text_scores(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
-    """Return float32 [H, n]: log-sum-exp of the scores of text keys, -inf without any."""
-    grid = call.grid
-    token = torch.arange(grid.total)
-    at = torch.cat((token[: grid.text_before], token[grid.text_before + grid.tokens :]))
-    if not len(at):
-        return query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-    at = at.to(query.device)
-    scores = (query @ call.key[0, at].permute(1, 2, 0)).float() * call.softmax_scale
-    bias = call.additive_mask()
-    if bias is not None:
-        scores = scores + bias[0][:, None, at]
-    return scores.logsumexp(-1)
+            return block_mass(call, order.index, self.block_size, self.rows)
+        return error_scores(call, order, runs, self.block_size, self.rows, self.mode != "drop")

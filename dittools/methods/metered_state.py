@@ -15,11 +15,11 @@ class State:
     Attributes:
         order: slots of every head.
         kept: bool [H, blocks, blocks], what was chosen.
-        mask: what runs; None asks for a new choice.
-        base: float [H], error on the probe rows when the blocks were chosen.
+        mask: what runs; None when it has to be made of `kept` again.
+        base: float [H], error on the probe rows when a head's blocks were chosen; NaN before.
         last: the same at the last call.
         high: bool [H], heads whose error passes the limit.
-        near: bool [H], heads whose error did not at the last call.
+        turned: bool [H], heads that passed it, either way, at the last call.
         held: bool [H], heads that are dense in the start of the run.
         broken: bool [H], heads that stay dense, their probes were not finite.
     """
@@ -30,25 +30,42 @@ class State:
     base: torch.Tensor | None = None
     last: torch.Tensor | None = None
     high: torch.Tensor | None = None
-    near: torch.Tensor | None = None
+    turned: torch.Tensor | None = None
     held: torch.Tensor | None = None
     broken: torch.Tensor | None = None
 
-    def wants_choice(self, refresh: float) -> bool:
-        """Whether blocks are to be chosen anew: never chosen, or some head's error has grown."""
-        if self.mask is None or not refresh:
-            return True
-        if self.base is None or self.last is None:
-            return False
-        return bool((self.last > refresh * self.base).any())
+    def stale(self, growth: float, turns: bool) -> torch.Tensor:
+        """Return bool [H]: heads whose error is more than `growth` times what it was.
 
-    def note(self, before: torch.Tensor, after: torch.Tensor, limit: float) -> None:
-        """Remember the error of a call: as it came, which choices answer for, and as it left."""
-        self.last = before
-        if self.base is None:
-            self.base = before
-        if limit:
-            near = after <= limit
-            if self.high is not None and bool((self.high == near).any()):
-                self.mask = None  # some head changes between its two densities
-            self.near, self.high = near, ~near
+        With `turns` also those that passed the limit, either way, at the last call.
+        """
+        assert self.base is not None
+        assert self.last is not None
+        found = self.last > growth * self.base
+        return found | self.turned if turns and self.turned is not None else found
+
+    def chosen(self, kept: torch.Tensor, which: torch.Tensor) -> None:
+        """Take blocks [n, blocks, blocks] of the heads `which`, int64 [n]."""
+        if self.kept is None or len(which) == len(self.kept):
+            self.kept = kept
+            self.base = None
+        else:
+            self.kept = self.kept.index_copy(0, which, kept)
+            if self.base is not None:
+                self.base = self.base.index_fill(0, which, float("nan"))
+        self.mask = None
+
+    def dense(self) -> torch.Tensor | None:
+        """Return bool [H]: heads that run dense for now; None for none."""
+        if self.held is None or self.broken is None:
+            return self.broken if self.held is None else self.held
+        return self.held | self.broken
+
+    def note(self, error: torch.Tensor, high: torch.Tensor | None) -> None:
+        """Remember the error of a call as it came, and which heads pass the limit as it left."""
+        self.last = error
+        known = self.base
+        self.base = error if known is None else torch.where(known.isnan(), error, known)
+        if high is not None:
+            self.turned = high if self.high is None else high != self.high
+            self.high = high

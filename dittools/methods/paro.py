@@ -131,7 +131,7 @@ class PARO:
         if self.per_head:
             keep[:, :video, :video] = keep_share(mass, self.density, True)
         else:  # one threshold for all heads, those of other processes too
-            kept = keep_share(call.of_all_heads(mass), self.density)
+            kept = keep_share(call.of_all_heads(mass), self.density, items=call.items)
             keep[:, :video, :video] = kept if call.peers is None else kept[list(call.places)]
         return row_mask(keep, grid, self.block_size, order)
 

@@ -83,7 +83,9 @@ def pad_tokens(tensor: torch.Tensor, multiple: int) -> torch.Tensor:
     return F.pad(tensor, (0, 0, 0, 0, 0, short)) if short else tensor
 
 
-def keep_share(mass: torch.Tensor, density: float, per_head: bool = False) -> torch.Tensor:
+def keep_share(
+    mass: torch.Tensor, density: float, per_head: bool = False, items: int = 1
+) -> torch.Tensor:
     """Return bool like mass [H, Q, K]: the heaviest blocks, exactly round(density * size) of them.
 
     Args:
@@ -91,8 +93,9 @@ def keep_share(mass: torch.Tensor, density: float, per_head: bool = False) -> to
         density: mean share kept.
         per_head: every head keeps that share; otherwise one threshold serves all heads, so that
             concentrated ones keep fewer.
+        items: clips whose heads follow one another; none sets the threshold of another.
     """
-    flat = mass.flatten(1) if per_head else mass.reshape(1, -1)
+    flat = mass.flatten(1) if per_head else mass.reshape(items, -1)
     count = max(1, round(density * flat.shape[1]))
     if count >= flat.shape[1]:
         return torch.ones_like(mass, dtype=torch.bool)

@@ -1,0 +1,123 @@
+"""Which blocks metered attention keeps: the order they are cut along, and what each is worth."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from dittools.call import AttentionCall
+from dittools.methods.block_sampling import (
+    gather_heads,
+    run_length,
+    sampled_mass,
+    sampled_slots,
+)
+from dittools.methods.block_statistics import mass_recall
+from dittools.methods.compensation import Runs
+from dittools.methods.error_score import pooling_error
+from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
+from dittools.order import TokenOrder
+
+
+def order_names(
+    call: AttentionCall, order: str | tuple[str, ...], size: int, rows: int, density: float
+) -> tuple[str, ...]:
+    """Return the order of every head; 'auto' takes the axis order of most mass in few blocks."""
+    if isinstance(order, tuple):  # places past them belong to further items of a batch
+        return tuple(order[place % len(order)] for place in call.places)
+    distinct = distinct_orders(call.grid)
+    if order != "auto" or len(distinct) == 1:
+        return (NAMES[0] if order == "auto" else order,) * call.head_count
+    recalls = []
+    for number in distinct:
+        index = axis_order(call.grid, number)[None].to(call.query.device)
+        recalls.append(mass_recall(block_mass(call, index, size, rows, ORDER_BLOCKS), density))
+    return tuple(NAMES[distinct[place]] for place in best_order(torch.stack(recalls)))
+
+
+def some_heads(
+    call: AttentionCall, order: TokenOrder, runs: Runs, which: Sequence[int]
+) -> tuple[AttentionCall, TokenOrder, Runs]:
+    """Return a call of batch 1, its order and runs for some heads, to look at and not to run."""
+    if len(which) == call.head_count:
+        return call, order, runs
+    at = torch.tensor(which, device=call.query.device)
+    bias = call.key_bias
+    looked_at = replace(
+        call,
+        query=call.query.index_select(2, at),
+        key=call.key.index_select(2, at),
+        value=call.value.index_select(2, at),
+        key_bias=bias if bias is None or bias.shape[1] == 1 else bias.index_select(1, at),
+        unrotated=None,
+        memory={},
+        head_index=(),
+        peers=None,
+        items=1,
+    )
+    if len(order.index) > 1:
+        order = TokenOrder(order.index.index_select(0, at), order.tokens)
+    key, value, weight = (x if len(x) == 1 < call.head_count else x[at] for x in runs)
+    return looked_at, order, Runs(key, value, weight)
+
+
+def error_scores(
+    call: AttentionCall, order: TokenOrder, runs: Runs, size: int, rows: int, pooled: bool
+) -> torch.Tensor:
+    """Return float32 [H, blocks, blocks]: the error of skipping each block of keys.
+
+    Args:
+        call: of batch 1.
+        order: slots the blocks are cut from.
+        runs: of its keys and values.
+        size: tokens per block.
+        rows: queries per block that stand for it.
+        pooled: whether skipped blocks are replaced by their means.
+    """
+    tokens = call.grid.tokens
+    blocks = -(-tokens // size)
+    slots = sampled_slots(tokens, size, rows)
+    each = len(slots) // blocks
+    if len(slots) != each * blocks:  # a short last block has fewer to show: some stand twice
+        start = torch.arange(0, tokens, size)[:, None]
+        sizes = (tokens - start).clamp(max=size)
+        slots = (start + (2 * torch.arange(rows) + 1) * sizes // (2 * rows)).flatten()
+        each = rows
+    index = order.index[:, slots.to(order.index.device)]
+    query = gather_heads(call.query[0], index)
+    text = _text_scores(call, query)
+    return pooling_error(query, runs, text, call.softmax_scale, each, pooled)
+
+
+def block_mass(
+    call: AttentionCall, index: torch.Tensor, size: int, rows: int, blocks: int = 0
+) -> torch.Tensor:
+    """Return float32 [H, blocks, blocks]: attention mass of every block, as PARO estimates it."""
+    bias = call.additive_mask()
+    return sampled_mass(
+        call.query[0],
+        call.key[0],
+        index,
+        call.grid.tokens,
+        size,
+        call.softmax_scale,
+        rows=rows,
+        run=run_length(size),
+        blocks=blocks,
+        bias=None if bias is None else bias[0],
+    )
+
+
+def _text_scores(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
+    """Return float32 [H, n]: log-sum-exp of the scores of text keys, -inf without any."""
+    grid = call.grid
+    token = torch.arange(grid.total)
+    at = torch.cat((token[: grid.text_before], token[grid.text_before + grid.tokens :]))
+    if not len(at):
+        return query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
+    at = at.to(query.device)
+    scores = (query @ call.key[0, at].permute(1, 2, 0)).float() * call.softmax_scale
+    bias = call.additive_mask()
+    if bias is not None:
+        scores = scores + bias[0][:, None, at]
+    return scores.logsumexp(-1)
