@@ -4,16 +4,18 @@ Started once per rank by `bench/scaling.py` and the tests:
     python bench/ulysses_ranks.py JOBS.json RANK RANKS STORE OUT.json
 
 A job is {"name", "family", "plan" (file) or "method", "heads", "backend", "anything", "call",
-"stock", "nan"}: `stock` false leaves out the split run without a plan, where diffusers has none;
-`nan` puts one into the values of the first head. Each job is generated in one process first and
-then over all ranks; OUT holds for each how far both are apart, the report, and the bytes this rank
-sent: as the collectives were asked for, and as its sockets counted them.
+"stock", "nan"}: the family "demo" is the embedded model; `stock` false leaves out the split run
+without a plan, where diffusers has none; `nan` puts one into the values of the first head. Each job
+is generated in one process first and then over all ranks; OUT holds for each how far both are
+apart, the report, and the bytes this rank sent: as the collectives were asked for, and as its
+sockets counted them.
 """
 
 import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,7 +27,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dittools
-from dittools.pipelines import tiny
+from dittools.pipelines import load, tiny
 
 _BYTES_SENT = 200  # offset of tcpi_bytes_sent in the kernel's struct tcp_info
 _FLUX = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
@@ -51,7 +53,9 @@ class Sent(TorchDispatchMode):
         name = str(getattr(function, "_schema", function)).split("(")[0].split(".")[0]
         others = self.ranks - 1
         if name == "_c10d_functional::all_to_all_single":
-            self.bytes["all_to_all"] += size(args[0]) * others // self.ranks
+            splits = args[2]  # rows for each rank; those for this one stay
+            row = size(args[0]) // max(sum(splits), 1)
+            self.bytes["all_to_all"] += row * (sum(splits) - splits[dist.get_rank()])
         elif name == "_c10d_functional::all_gather_into_tensor":
             self.bytes["all_gather"] += size(args[0]) * others
         elif name == "c10d::allgather_":
@@ -110,7 +114,9 @@ def parallelise(denoiser: Any, rank: int, ranks: int, anything: bool) -> Callabl
 
 
 def pipeline(family: str, heads: int) -> Any:
-    """Return a toy pipeline whose denoiser has that many heads."""
+    """Return a toy pipeline whose denoiser has that many heads, or the embedded model."""
+    if family == "demo":
+        return load("demo")
     pipe = tiny.build(family)
     config = dict(pipe.transformer.config)
     if heads and config["num_attention_heads"] != heads:
@@ -126,7 +132,8 @@ def run_job(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     pipe = pipeline(job["family"], job.get("heads", 0))
     if job.get("nan"):
         pipe.transformer.blocks[0].attn1.to_v.bias.data[0] = float("nan")
-    call = {**tiny.call_arguments(job["family"]), "output_type": "latent", **job.get("call", {})}
+    usual = {} if job["family"] == "demo" else tiny.call_arguments(job["family"])
+    call = {**usual, "output_type": "latent", **job.get("call", {})}
 
     def generate() -> torch.Tensor:
         made = pipe(**call, generator=torch.Generator().manual_seed(0))
@@ -166,6 +173,40 @@ def run_job(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
         "socket": after - middle,
         "stock_socket": middle - before,
     }
+
+
+def run_ranks(folder: Path, jobs: list[dict[str, Any]], ranks: int) -> dict[str, list[Any]]:
+    """Return for each job what every rank found, each in a process of its own.
+
+    Args:
+        folder: an empty one, for files.
+        jobs: as above.
+        ranks: how many.
+    Raises:
+        RuntimeError: one of them failed; with its last words.
+    """
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    outs = [folder / f"out{rank}.json" for rank in range(ranks)]
+    started = []
+    for rank, out in enumerate(outs):
+        words = [str(folder / "jobs.json"), str(rank), str(ranks), str(folder / "store"), str(out)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, __file__, *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    if any(process.returncode for process in started):
+        raise RuntimeError("\n".join(said)[-3000:])
+    found = [json.loads(out.read_text(encoding="utf-8")) for out in outs]
+    return {job["name"]: [one[job["name"]] for one in found] for job in jobs}
 
 
 def main() -> None:

@@ -1,10 +1,7 @@
 """Context parallelism: a clip made by several ranks is the clip of one process."""
 
 import itertools
-import json
 import random
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,30 +264,12 @@ def _plan(folder: Path, name: str, *rules: tuple[str, dict[str, Any], Any]) -> s
     return str(made.save(folder / f"{name.replace(' ', '_')}.json"))
 
 
-def _run(folder: Path, jobs: list[dict[str, Any]], ranks: int) -> dict[str, list[dict[str, Any]]]:
+def _run(folder: Path, jobs: list[dict[str, Any]], ranks: int) -> dict[str, list[Any]]:
     """Return for each job what every rank found."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    script, outs = ROOT / "bench" / "ulysses_ranks.py", []
-    started = []
-    for rank in range(ranks):
-        outs.append(folder / f"out{rank}.json")
-        words = [folder / "jobs.json", rank, ranks, folder / "store", outs[-1]]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, str(script), *map(str, words)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        said = [process.communicate(timeout=500)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert all(process.returncode == 0 for process in started), "\n".join(said)[-3000:]
-    found = [json.loads(out.read_text()) for out in outs]
-    return {job["name"]: [one[job["name"]] for one in found] for job in jobs}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench"))
+        from ulysses_ranks import run_ranks
+    return run_ranks(folder, jobs, ranks)  # type: ignore[no-any-return]
 
 
 MIXED = {

@@ -16,6 +16,7 @@ from dittools.plans.phrase import phrase
 from dittools.plans.plan import HeadRule, Plan
 
 GOOD_ENOUGH = 0.01  # of the mean: heads in order stay, as dealing them out costs a copy
+EVEN = 1.1  # of the mean: what the slowest rank should stay within
 Owners = tuple[int, ...]  # rank of every head
 
 
@@ -48,7 +49,7 @@ class Balance:
         return (
             f"{self.ranks}{uneven}, kept work {work}; slowest {self.slowest - 1:.1%} above the mean"
             f" ({self.worst - 1:.1%} in the worst layer, {self.in_order - 1:.1%} with heads in"
-            " order)"
+            f" order){'' if self.slowest <= EVEN else '; too few heads on a rank to even them out'}"
         )
 
 
