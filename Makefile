@@ -107,6 +107,10 @@ bench-check: $(VENV)/.test  ## ratios against the committed reference
 soak: $(VENV)/.core  ## 500 short generations in one process: memory, files, threads, results
 	@$(BIN) bench/soak.py --out docs/results/soak.json
 
+.PHONY: scaling
+scaling: $(VENV)/.core  ## one clip on 1 to 64 GPUs from formulas, bytes checked on 2 and 4 CPU processes
+	@$(BIN) bench/scaling.py
+
 scoreboard: $(VENV)/.core  ## every method on the embedded model at matched densities; MINUTES=12 bounds it
 	@for d in $(DENSITIES); do $(BIN) -m dittools search --prompts bench/search_prompts.txt \
 		--target-density $$d --work $(OUT)/scoreboard/search --out $(OUT)/scoreboard/$$d/plan.json || exit 1; done
