@@ -7,6 +7,7 @@ from dittools.errors import UnknownMethod
 from dittools.methods.agent import Agent
 from dittools.methods.base import GridMethod, Method, Preset
 from dittools.methods.clear import Clear
+from dittools.methods.clustered import Clustered
 from dittools.methods.dense import Dense
 from dittools.methods.freeswim import FreeSwim
 from dittools.methods.gna import GNA
@@ -45,6 +46,7 @@ METHODS: dict[str, type[Any]] = {
         FreeSwim,
         Agent,
         ToMe,
+        Clustered,
         Metered,
         RandomBlocks,
         OracleTopK,

@@ -16,6 +16,7 @@ softmax denominator, which makes rows and heads comparable: one threshold can se
 import torch
 
 from dittools.methods.compensation import Runs
+from dittools.methods.kmeans import cluster_sums
 
 _TILE = {"cpu": 2**18, "cuda": 2**25}  # scores held at a time: a CPU's second-level cache
 
@@ -62,4 +63,63 @@ def pooling_error(
             found = (weight * weight).mul_(power[:, None]).sum(3)
         found = found.clamp(min=0) / total.square()[..., None].clamp(min=1e-30)
         out[:, first // each : (first + step) // each] = found.unflatten(1, (-1, each)).mean(2)
+    return out
+
+
+def group_error(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    log: torch.Tensor,
+    owner: torch.Tensor,
+    means: tuple[torch.Tensor, torch.Tensor] | None,
+    groups: int,
+) -> torch.Tensor:
+    """Return float32 [H, Q, groups]: E for single queries and groups of keys of any size.
+
+    In units of each query's own, so only groups of one query compare.
+
+    Args:
+        query: [H, Q, D], scaled.
+        key: [H, D, tiles * size], in tiles that each hold keys of one group.
+        value: [H, tiles * size, D].
+        log: float32 [H or 1, tiles * size], log of the tokens a key weighs as; -inf for none.
+        owner: int64 [H, tiles], the group of each tile; from `groups` on it is of no interest.
+        means: mean keys and values [H, groups, D] that would stand in; None for nothing.
+        groups: groups of keys.
+    """
+    heads, tiles = owner.shape
+    size = key.shape[2] // tiles
+    wide = value.float()
+    power = wide.square().sum(2)  # e^s holds the weight
+    owner = owner.clamp(max=groups)
+    if means is not None:
+        mean_value = torch.nn.functional.pad(means[1].float(), (0, 0, 0, 1))
+        own = mean_value.gather(1, owner[..., None].expand(-1, -1, wide.shape[2]))
+        weight = log.exp()
+        along = (wide.unflatten(1, (tiles, size)) * own[:, :, None]).sum(3).flatten(1) * weight
+        square = weight.square().expand(heads, -1).reshape(heads, tiles, size).sum(2)
+        square = cluster_sums(square[..., None], owner, groups + 1)[0][:, :groups, 0]
+        far = (means[1].float().square().sum(2) * square)[:, None]
+        middle = means[0].transpose(1, 2).to(query.dtype)
+    out = wide.new_empty(heads, query.shape[1], groups)
+    tile = _TILE.get(query.device.type, _TILE["cuda"])
+    step = max(1, tile // (heads * tiles * size))
+    for first in range(0, query.shape[1], step):
+        part = query[:, first : first + step]
+        scores = (part @ key).float().add_(log[:, None])
+        peak = scores.amax(-1, keepdim=True).clamp(min=-1e30)
+        weights = scores.sub_(peak).exp_()
+        near = None
+        sums = [(weights * weights).mul_(power[:, None])]
+        if means is not None:
+            sums.append(weights * along[:, None])
+            near = ((part @ middle).float() - peak).clamp(max=40).exp()
+        by_tile = torch.cat(sums, dim=1).unflatten(2, (tiles, size)).sum(3).transpose(1, 2)
+        by_group = cluster_sums(by_tile.contiguous(), owner, groups + 1)[0][:, :groups]
+        found = by_group.transpose(1, 2)
+        if near is not None:
+            found, cross = found.chunk(2, dim=1)
+            found = found - 2 * near * cross + near * near * far
+        out[:, first : first + step] = found.clamp(min=0)
     return out

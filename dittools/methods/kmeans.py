@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 _DISTANCES = 2**17  # token-centroid distances of one head held at a time; fits a cache
+EXACTLY = 1e-30  # as a tolerance: stop when further rounds would change nothing, in any head
 
 
 class Clusters(NamedTuple):
@@ -102,3 +103,29 @@ def sorted_sums(rows: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor) -
     ordered = rows.index_select(0, labels.argsort(stable=True))
     sums: torch.Tensor = torch.segment_reduce(ordered, "sum", lengths=sizes, axis=0)
     return sums
+
+
+def most_alike(points: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Return int64 [H, N]: the direction of [H, K, D] with the largest product with each point."""
+    turned = directions.transpose(1, 2).contiguous()
+    step = max(1, _DISTANCES // directions.shape[1])
+    found = [torch.bmm(part, turned).neg_().min(-1).indices for part in points.split(step, dim=1)]
+    return torch.cat(found, dim=1)
+
+
+def sampled_start(
+    points: torch.Tensor, count: int, seed: int, before: int, sample: int
+) -> torch.Tensor:
+    """Return [H, count, D]: centroids to start from, after rounds over a sample of the tokens.
+
+    Args:
+        points: float32 or float64 [H, N, D].
+        count: centroids.
+        seed: start of the random numbers.
+        before: rounds over the sample; none leaves the tokens that were drawn.
+        sample: tokens in the sample.
+    """
+    drawn = drawn_tokens(points, count, seed)
+    if before < 1 or not count <= sample:
+        return drawn
+    return kmeans(drawn_tokens(points, sample, seed), drawn, before, EXACTLY).centroids

@@ -63,6 +63,7 @@ def fit_repair(
     ridge: float = RIDGE,
     rank: int = RANK,
     gated: bool = True,
+    weight: torch.Tensor | None = None,
 ) -> Repair:
     """Return the repair that some rows ask for.
 
@@ -72,22 +73,28 @@ def fit_repair(
         ridge: weight of the penalty per row.
         rank: directions of the error that are kept; 0 for all.
         gated: whether rows held out decide how much is taken off.
+        weight: [H, R], rows each row stands for; all alike without.
     """
     x, true = (t[0].transpose(0, 1).float() for t in (found, exact))  # [H, R, D]
     error = true - x
-    size = true.square().sum(dim=(1, 2)).clamp(min=1e-30)
-    before = (error.square().sum(dim=(1, 2)) / size).sqrt()
+    root = None
+    if weight is not None:
+        root = (weight / weight.mean(1, keepdim=True)).sqrt()[..., None].to(x)
+    size = _power(true, root).clamp(min=1e-30)
+    before = (_power(error, root) / size).sqrt()
     seen, held = _folds(x.shape[1], x.device)
-    fit = _fit(x[:, seen].flatten(0, 1), error[:, seen].flatten(0, 1), ridge, rank)
+    some = None if root is None else root[:, seen].flatten(0, 1)
+    fit = _fit(x[:, seen].flatten(0, 1), error[:, seen].flatten(0, 1), ridge, rank, some)
     guess = torch.baddbmm(fit.offset, x[:, held].flatten(0, 1), fit.slope)
     guess = guess.view(x.shape[0], -1, x.shape[2])
     asked = error[:, held.flatten()]
-    power = guess.square().sum(dim=(1, 2))
-    gate = ((asked * guess).sum(dim=(1, 2)) / power.clamp(min=1e-30)).clamp(0, 1)
+    kept = None if root is None else root[:, held.flatten()]
+    both = asked * guess if kept is None else asked * guess * kept.square()
+    gate = (both.sum(dim=(1, 2)) / _power(guess, kept).clamp(min=1e-30)).clamp(0, 1)
     gate = gate if gated else torch.ones_like(gate)
-    left = (asked - gate[:, None, None] * guess).square().sum(dim=(1, 2))
-    after = (left / true[:, held.flatten()].square().sum(dim=(1, 2)).clamp(min=1e-30)).sqrt()
-    fit = _fit(x, error, ridge, rank)
+    left = _power(asked - gate[:, None, None] * guess, kept)
+    after = (left / _power(true[:, held.flatten()], kept).clamp(min=1e-30)).sqrt()
+    fit = _fit(x, error, ridge, rank, root)
     return Repair(fit.slope, fit.offset, gate, before, after)
 
 
@@ -105,13 +112,29 @@ class _Fit(NamedTuple):
     offset: torch.Tensor  # [H, 1, D]
 
 
-def _fit(found: torch.Tensor, error: torch.Tensor, ridge: float, rank: int) -> _Fit:
-    """Return the regression from outputs [H, R, D] to errors, solved in the R x R dual."""
-    mean = found.mean(1, keepdim=True)
-    spread = found.std(1, keepdim=True).clamp(min=1e-6 * (1 + mean.abs()))
-    x = (found - mean) / spread
-    shift = error.mean(1, keepdim=True)
-    apart = error - shift
+def _power(rows: torch.Tensor, root: torch.Tensor | None) -> torch.Tensor:
+    """Return [H]: the sum of squares of [H, R, D], each row times its root [H, R, 1]."""
+    return (rows if root is None else rows * root).square().sum(dim=(1, 2))
+
+
+def _fit(
+    found: torch.Tensor, error: torch.Tensor, ridge: float, rank: int, root: torch.Tensor | None
+) -> _Fit:
+    """Return the regression from outputs [H, R, D] to errors, solved in the R x R dual.
+
+    `root` [H, R, 1] is the square root of the weight of each row, 1 in the mean of squares.
+    """
+    if root is None:
+        mean, shift = found.mean(1, keepdim=True), error.mean(1, keepdim=True)
+        spread = found.std(1, keepdim=True)
+    else:
+        share = root.square() / root.square().sum(1, keepdim=True)
+        mean, shift = ((x * share).sum(1, keepdim=True) for x in (found, error))
+        spread = ((found - mean).square() * share).sum(1, keepdim=True).sqrt()
+    spread = spread.clamp(min=1e-6 * (1 + mean.abs()))
+    x, apart = (found - mean) / spread, error - shift
+    if root is not None:
+        x, apart = x * root, apart * root
     gram = x @ x.transpose(1, 2)
     gram.diagonal(dim1=1, dim2=2).add_(ridge * found.shape[1])
     slope = x.transpose(1, 2) @ torch.linalg.solve(gram, apart)

@@ -1,0 +1,246 @@
+"""Ways to put the queries and the keys of every head into groups, each with labels of its own.
+
+    kmeans    tokens alike: Euclidean k-means (SVG2, arXiv:2505.18875, and SVG-EAR, 2603.08982)
+    response  keys that queries answer alike, then queries that keys answer alike: k-means in the
+              metrics M_K = E[q q^T] and M_Q = cov(key means) / D (SparsePR, arXiv:2608.18484)
+    profile   the same by turns and by angle: a key's profile is its scores with the query means
+              (SVOO, arXiv:2603.18636)
+    split     equal sizes, by cuts along principal axes (ClusterAttention, arXiv:2608.26965)
+
+The profile of a key k has the length of the query means QC, but the nearest one needs no profile:
+(k QC^T) . (c QC^T) = k M c^T with M = QC^T QC, a D x D matrix, so the mean c alone is turned.
+"""
+
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from dittools.methods.kmeans import (
+    EXACTLY,
+    Clusters,
+    cluster_sums,
+    drawn_tokens,
+    kmeans,
+    most_alike,
+    sampled_start,
+)
+
+PARTITIONS = {
+    "kmeans": "tokens alike",
+    "response": "tokens that get alike answers",
+    "profile": "tokens alike in their scores with the other side",
+    "split": "equal sizes",
+}
+KEY_RANK, QUERY_RANK = 48, 64  # directions SparsePR keeps of each metric
+METRIC_ROWS = 2048  # queries its key metric is estimated from
+SPLIT_SAMPLE = 128  # members ClusterAttention looks at to choose an axis
+
+
+class Effort(NamedTuple):
+    """How long groups are sought.
+
+    Attributes:
+        first: rounds where nothing is known.
+        later: rounds from the means of an earlier step.
+        sample: tokens per group the first rounds look at, but for the last `later`; 0 for all.
+        seed: start of the random numbers.
+    """
+
+    first: int
+    later: int
+    sample: int
+    seed: int
+
+
+Means = tuple[torch.Tensor, torch.Tensor]  # of queries and of keys, [H, groups, D]
+
+
+def kmeans_labels(
+    query: torch.Tensor, key: torch.Tensor, counts: tuple[int, int], start: Means | None, by: Effort
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64 [H, N] of queries and of keys: groups of tokens alike.
+
+    Args:
+        query, key: float32 or float64 [H, N, D].
+        counts: groups of queries, of keys.
+        start: means of an earlier step.
+        by: rounds.
+    """
+    known: tuple[torch.Tensor | None, ...] = start or (None, None)
+    found = [
+        _kmeans(points, count, mean, by).labels
+        for points, count, mean in zip((query, key), counts, known, strict=True)
+    ]
+    return found[0], found[1]
+
+
+def _kmeans(points: torch.Tensor, count: int, start: torch.Tensor | None, by: Effort) -> Clusters:
+    if start is not None:
+        return kmeans(points, start, by.later, EXACTLY)
+    sample, before = count * by.sample, by.first - by.later
+    if before < 1 or not 0 < sample < points.shape[1]:
+        return kmeans(points, drawn_tokens(points, count, by.seed), by.first, EXACTLY)
+    return kmeans(points, sampled_start(points, count, by.seed, before, sample), by.later, EXACTLY)
+
+
+def response_labels(
+    query: torch.Tensor, key: torch.Tensor, counts: tuple[int, int], start: Means | None, by: Effort
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64 [H, N] of queries and of keys: groups that get alike answers, in one pass.
+
+    Arguments as for `kmeans_labels`.
+    """
+    tokens = query.shape[1]
+    rows = torch.linspace(0, tokens - 1, min(METRIC_ROWS, tokens), device=query.device)
+    seen = query.index_select(1, rows.round().long())
+    factor = metric_factor(seen.transpose(1, 2) @ seen / len(rows), KEY_RANK)
+    known = None if start is None else start[1] @ factor
+    keys = _kmeans(key @ factor, counts[1], known, by).labels
+    sums, sizes = cluster_sums(key, keys, counts[1])
+    there = (sizes > 0)[..., None].to(sums.dtype)
+    number = there.sum(1, keepdim=True)
+    means = sums / sizes.clamp(min=1)[..., None]
+    apart = (means - means.sum(1, keepdim=True) / number) * there
+    metric = apart.transpose(1, 2) @ apart / (number * key.shape[2])
+    factor = metric_factor(metric, QUERY_RANK)
+    known = None if start is None else _even_rows(start[0] @ factor)
+    return _kmeans(_even_rows(query @ factor), counts[0], known, by).labels, keys
+
+
+def metric_factor(metric: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return F [H, D, min(rank, D)] with F F^T the metric [H, D, D] up to scale, at that rank."""
+    values, axes = torch.linalg.eigh((metric + metric.transpose(1, 2)) / 2)
+    values, axes = values[:, -rank:].clamp(min=0), axes[:, :, -rank:]
+    scale = (values / values.mean(1, keepdim=True).clamp(min=1e-12)).sqrt()
+    factor: torch.Tensor = axes * scale[:, None]
+    return factor
+
+
+def _even_rows(features: torch.Tensor) -> torch.Tensor:
+    size = features.square().mean(2, keepdim=True).sqrt()
+    return features / size.clamp(min=1e-6)
+
+
+def profile_labels(
+    query: torch.Tensor, key: torch.Tensor, counts: tuple[int, int], start: Means | None, by: Effort
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64 [H, N] of queries and of keys: groups of tokens with scores of alike shape.
+
+    Keys are put to the mean whose profile of scores with the query means has the least angle to
+    theirs, then queries against the new key means; so many rounds. Arguments as for
+    `kmeans_labels`.
+    """
+    means = [drawn_tokens(x, n, by.seed) for x, n in zip((query, key), counts, strict=True)]
+    if start is not None:
+        means = list(start)
+    for _ in range(by.later if start is not None else by.first):
+        keys = nearest_profile(key, means[1], means[0])
+        means[1] = _moved(key, keys, means[1])
+        queries = nearest_profile(query, means[0], means[1])
+        means[0] = _moved(query, queries, means[0])
+    return queries, keys
+
+
+def nearest_profile(
+    points: torch.Tensor, means: torch.Tensor, others: torch.Tensor
+) -> torch.Tensor:
+    """Return int64 [H, N]: the mean whose scores with `others` are most parallel to a point's.
+
+    Args:
+        points: [H, N, D].
+        means: [H, groups, D], of the points.
+        others: [H, n, D], means of the other side; scores with them are the profile.
+    """
+    turned = means @ (others.transpose(1, 2) @ others)
+    length = (turned * means).sum(2, keepdim=True).clamp(min=0).sqrt()
+    return most_alike(points, turned / length.clamp(min=1e-8))
+
+
+def _moved(points: torch.Tensor, labels: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    sums, sizes = cluster_sums(points, labels, means.shape[1])
+    found = sums / sizes.clamp(min=1)[..., None].to(sums.dtype)
+    return torch.where(sizes[..., None] > 0, found, means)
+
+
+def split_labels(
+    query: torch.Tensor, key: torch.Tensor, sizes: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int64 [H, N] of queries and of keys: groups of equal size, but for one.
+
+    Keys are looked at in the metric of the queries, queries by the direction of their answers to
+    the keys, both along principal axes.
+
+    Args:
+        query, key: float32 or float64 [H, N, D].
+        sizes: queries per group, keys per group.
+    """
+    tokens = key.shape[1]
+    keys = key - key.mean(1, keepdim=True)
+    moments = [x.transpose(1, 2) @ x / tokens for x in (query, keys)]
+    (values, axes), (key_values, key_axes) = (torch.linalg.eigh(m) for m in moments)
+    keys = keys @ (axes * values.clamp(min=0).sqrt()[:, None])
+    queries = F.normalize(query @ (key_axes * key_values.clamp(min=0).sqrt()[:, None]), dim=2)
+    queries = queries - queries.mean(1, keepdim=True)
+    return equal_split(_principal(queries), sizes[0]), equal_split(_principal(keys), sizes[1])
+
+
+def _principal(points: torch.Tensor) -> torch.Tensor:
+    """Return centred points along their principal axes, each pointing to its largest entry."""
+    axes = torch.linalg.eigh(points.transpose(1, 2) @ points).eigenvectors
+    largest = axes.abs().argmax(1, keepdim=True)
+    turned: torch.Tensor = points @ (axes * axes.gather(1, largest).sign())
+    return turned
+
+
+def equal_split(points: torch.Tensor, size: int) -> torch.Tensor:
+    """Return int64 [H, N]: groups of `size` tokens but for one, by cuts along coordinate axes.
+
+    A part is cut along the axis in which it varies most, at the multiple of `size` nearest its
+    middle, until none is larger. Sizes depend on N alone, so that all parts of all heads are cut
+    at once, level by level.
+
+    Args:
+        points: float [H, N, D].
+        size: tokens per group.
+    """
+    heads, tokens, width = points.shape
+    order = torch.arange(tokens, device=points.device).expand(heads, -1)
+    flat = points.reshape(heads, -1)
+    levels, last = split_levels(tokens, size)
+    for starts, sizes in levels:
+        start, length = (torch.tensor(x, device=points.device) for x in (starts, sizes))
+        part = torch.repeat_interleave(length)
+        seen = length.clamp(max=SPLIT_SAMPLE)[:, None]
+        place = torch.arange(min(SPLIT_SAMPLE, max(sizes)), device=points.device)
+        real = (place < seen).to(points.dtype)[None, :, :, None]
+        at = start[:, None] + torch.minimum(
+            (2 * place + 1) * length[:, None] // (2 * seen), length[:, None] - 1
+        )
+        token = order[:, at.flatten()]
+        some = points.gather(1, token[..., None].expand(-1, -1, width))
+        some = some.view(heads, *at.shape, width) * real
+        mean = some.sum(2, keepdim=True) / seen[:, None].to(points.dtype)
+        axis = ((some - mean).square() * real).sum(2).argmax(2)  # [H, parts]
+        value = flat.gather(1, order * width + axis[:, part])
+        by_value = value.argsort(dim=1, stable=True)
+        by_part = part[by_value].argsort(dim=1, stable=True)
+        order = order.gather(1, by_value.gather(1, by_part))
+    label = torch.repeat_interleave(torch.tensor(last, device=points.device)).expand(heads, -1)
+    return torch.empty_like(label).scatter_(1, order, label)
+
+
+@lru_cache(maxsize=64)
+def split_levels(tokens: int, size: int) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+    """Return the first slots and sizes of the parts to cut at each level, and the final sizes."""
+    levels, sizes = [], [tokens]
+    while max(sizes) > size:
+        levels.append(([0, *accumulate(sizes[:-1])], sizes))
+        cut: list[int] = []
+        for length in sizes:
+            left = (length + size) // (2 * size) * size
+            cut += [length] if length <= size else [left, length - left]
+        sizes = cut
+    return levels, sizes
