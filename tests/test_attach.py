@@ -238,7 +238,7 @@ def test_a_denoiser_alone_counts_changes_of_the_timestep(pipe: Any) -> None:
 def test_heads_of_one_layer_may_run_different_methods(pipe: Any, stock: torch.Tensor) -> None:
     zeros = Zeros()
     plan = Plan((Rule(Whole()), Rule(zeros, layers=(0,), heads=(1,))))
-    with attach(pipe, plan, backend="reference") as handle:
+    with attach(pipe, plan, backend="reference", recorder=False) as handle:
         mixed = run(pipe)
         layers = handle.report().layers
     assert zeros.calls == [1] * 8
@@ -249,10 +249,11 @@ def test_heads_of_one_layer_may_run_different_methods(pipe: Any, stock: torch.Te
 
 
 def test_two_groups_of_heads_equal_one_method_on_all(pipe: Any) -> None:
-    with attach(pipe, Zeros()):
+    with attach(pipe, Zeros(), recorder=False):
         together = run(pipe)
     one, two = Zeros(mark=1), Zeros(mark=2)
-    with attach(pipe, Plan((Rule(one, heads=(0,)), Rule(two, heads=(1,))))):
+    plan = Plan((Rule(one, heads=(0,)), Rule(two, heads=(1,))))
+    with attach(pipe, plan, recorder=False):
         assert torch.equal(run(pipe), together)
     assert (one.calls, two.calls) == ([1] * 16, [1] * 16)
 
@@ -430,7 +431,7 @@ def test_saving_while_attached_writes_the_stock_weights(
 
 
 def test_exchanged_processors_are_taken_up_again(pipe: Any) -> None:
-    with attach(pipe, Zeros()) as handle:
+    with attach(pipe, Zeros(), recorder=False) as handle:
         marked = run(pipe)
         kind = type(pipe.transformer.blocks[0].attn1.processor).__mro__[1]
         pipe.transformer.blocks[0].attn1.set_processor(kind())
@@ -499,7 +500,7 @@ def test_both_transformers_count_one_run() -> None:
 
 def test_vace_control_blocks_take_part() -> None:
     pipe = tiny.build("wan_vace")
-    with attach(pipe, Zeros()) as handle:
+    with attach(pipe, Zeros(), recorder=False) as handle:
         run(pipe, num_inference_steps=1)
         layers = handle.report().layers
     assert [layer.site.removeprefix("transformer.") for layer in layers] == [

@@ -69,12 +69,17 @@ def rows_by_backend(call: AttentionCall, backend: Backend, rows: torch.Tensor) -
     return backend.dense(asked)
 
 
+def squared_error(found: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [H] twice: |found - exact|^2 and |exact|^2 of rows [B, R, H, D], all rows together."""
+    apart = (found.to(exact.dtype) - exact).square().sum(dim=(0, 1, 3))
+    return apart, exact.square().sum(dim=(0, 1, 3))
+
+
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Return float [H]: |found - exact| / |exact| of rows [B, R, H, D], batch and rows together.
 
     NaN where a head's rows are not finite; 0 where both are zero.
     """
-    apart = (found.to(exact.dtype) - exact).square().sum(dim=(0, 1, 3))
-    size = exact.square().sum(dim=(0, 1, 3))
+    apart, size = squared_error(found, exact)
     ratio = (apart / size).sqrt()
     return torch.where((apart == 0) & (size == 0), torch.zeros_like(ratio), ratio)

@@ -18,12 +18,14 @@ from dittools.methods.headhunter import HeadHunter
 from dittools.patches.adapters import Family, families, family_of
 from dittools.patches.guide import Guide, check_pipeline, guidance_report, selected_heads
 from dittools.patches.install import install, not_interceptable, root_of, select, uninstall
+from dittools.patches.recorder import Recorder
 from dittools.patches.report import Report
 from dittools.patches.root import Root
 from dittools.patches.runtime import Runtime
 from dittools.patches.summary import summarise
 from dittools.plans import ModelFacts, Plan
 
+EXCHANGES = ("heads", "halo")
 logger = logging.getLogger("dittools")
 
 
@@ -132,6 +134,8 @@ def attach(
     dense_layers: int | None = None,
     backend: str = "auto",
     check_finite: bool = True,
+    recorder: bool | Recorder = True,
+    exchange: str = "heads",
 ) -> Attachment:
     """Return the attachment that runs a plan on a stock pipeline from now on.
 
@@ -150,6 +154,11 @@ def attach(
         dense_layers: leading layers that stay dense.
         backend: name in `dittools.kernels.backend_names()`.
         check_finite: run calls with NaN or infinite inputs dense and report them.
+        recorder: whether the flight recorder looks at accelerated calls: it tells how far they are
+            from dense, and heads in trouble run dense for the rest of the run. Without it an
+            exception in a kernel ends the run. A Recorder has settings of its own.
+        exchange: what context-parallel ranks give each other: "heads" (Ulysses), or "halo": on
+            images under gna and clear, the rows around each rank's band.
     Raises:
         AttachError: nothing here can be accelerated, attaching failed and was undone, or guidance
             makes no sense here.
@@ -162,6 +171,11 @@ def attach(
         if guidance is not None:
             raise InputError("guidance is given twice", remedy="a plan or method beside guidance=")
         guidance, plan = plan, "dense"
+    if exchange not in EXCHANGES:
+        raise InputError(
+            "unknown exchange", expected=" or ".join(EXCHANGES), got=repr(exchange)
+        )
+    flight = recorder_of(recorder)
     targets = find_targets(pipe)
     chosen, source = _resolve_plan(plan, targets[0], _components(pipe))
     chosen = chosen.scheduled(
@@ -171,7 +185,9 @@ def attach(
         chosen.check(model_facts(target.denoiser, target.paths))
     chosen = _guided(chosen, guidance, targets, pipe)
     is_module = isinstance(pipe, torch.nn.Module)
-    runtime = Runtime(chosen, resolve(backend), None if is_module else pipe, check_finite)
+    followed = None if is_module else pipe
+    runtime = Runtime(chosen, resolve(backend), followed, check_finite, flight)
+    runtime.exchange = exchange
     replaced = [(t.denoiser, root_of(t.denoiser)) for t in targets]
     notes = _replace(targets)
     try:
@@ -187,6 +203,23 @@ def attach(
         ) from error
     logger.info("attached %r, %s", attachment, source)
     return attachment
+
+
+def recorder_of(wanted: bool | Recorder) -> Recorder | None:
+    """Return the settings of the flight recorder, None for none.
+
+    Raises:
+        InputError: neither a bool nor a Recorder.
+    """
+    if isinstance(wanted, Recorder):
+        return wanted
+    if not isinstance(wanted, bool):
+        raise InputError(
+            "recorder is not usable",
+            expected="True, False or a Recorder",
+            got=repr(wanted),
+        )
+    return Recorder() if wanted else None
 
 
 def _guided(plan: Plan, guidance: Any, targets: list[Target], pipe: Any) -> Plan:

@@ -65,6 +65,11 @@ class Meter:
                 return self._stock()
             return self._backend.dense(call)
 
+    def ran_dense(self, heads: int) -> None:
+        """Count heads of the site's own call that were run dense by somebody else."""
+        whole = self._whole
+        self._pairs.append((_pair_count(whole) * heads / whole.head_count, 1.0))
+
     @overload
     def block_sparse(self, call: AttentionCall, mask: BlockMask) -> torch.Tensor: ...
 

@@ -1,7 +1,12 @@
 """What an attachment did: densities, calls, time, and why calls stayed dense."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from dittools.patches.recorder import Incident
+
+_SHOWN = 8  # incidents in the text; `incidents` has more
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,8 @@ class LayerReport:
         density: mean share of query-key pairs computed, over eligible calls; 1 when there are none.
         sparse_density: the same over sparse calls only.
         skipped: forwards of the denoiser in which a cache left the site out.
+        error: relative error of its output over the sampled calls, root mean square; None when
+            none was sampled.
     """
 
     site: str
@@ -26,6 +33,7 @@ class LayerReport:
     density: float
     sparse_density: float
     skipped: int = 0
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,12 @@ class Report:
         notes: remarks on attaching.
         guidance: heads, scale, u and mode of HeadHunter, its extra passes, their rows and time;
             None without it.
+        error: how far the output of sparse calls was from dense attention, relative, root mean
+            square over the sampled calls; None without a flight recorder or samples.
+        errors: the same by site and, within it, by step.
+        incidents: where the flight recorder stepped in, the first of them.
+        incidents_left_out: how many more there were.
+        recorder_ms: time the flight recorder took, in no other number but attention_ms.
     """
 
     method: str
@@ -75,10 +89,21 @@ class Report:
     skipped: int = 0
     layers: list[LayerReport] = field(default_factory=list)
     guidance: dict[str, Any] | None = None
+    error: float | None = None
+    errors: dict[str, dict[int, float]] = field(default_factory=dict)
+    incidents: list[Incident] = field(default_factory=list)
+    incidents_left_out: int = 0
+    recorder_ms: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        return asdict(self)
+        """Return the report as JSON types; a number that is not finite becomes None."""
+        found = asdict(self)
+        found["errors"] = {
+            site: {str(step): error for step, error in by_step.items()}
+            for site, by_step in self.errors.items()
+        }
+        plain: dict[str, Any] = _plain(found)
+        return plain
 
     def __str__(self) -> str:
         """Return a table of two columns."""
@@ -94,18 +119,41 @@ class Report:
             ("grids", ", ".join(self.grids) or "none seen yet"),
             ("sites", f"{self.coverage['fired']} of {self.coverage['selected']} fired"),
         ]
+        if self.error is not None:
+            rows.append(("error", self._error_words(self.error)))
         if self.guidance is not None:
             rows.append(("guidance", _guidance(self.guidance)))
         rows += [
             ("ran dense", f"{count} x {reason} ({_some(self.fallback_sites[reason])})")
             for reason, count in self.fallbacks.items()
         ]
+        rows += [("incident", str(incident)) for incident in self.incidents[:_SHOWN]]
+        more = len(self.incidents) + self.incidents_left_out - _SHOWN
+        if more > 0:
+            rows.append(("incident", f"{more} more"))
         if self.skipped:
             rows.append(("skipped", f"{self.skipped} calls, left out by a cache"))
         rows += [("never fired", f"{s}: {why}") for s, why in self.coverage["never_fired"].items()]
         rows += [("note", note) for note in self.notes]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+    def _error_words(self, error: float) -> str:
+        sampled = [layer for layer in self.layers if layer.error is not None]
+        worst = max(sampled, key=lambda layer: layer.error or 0.0)
+        return (
+            f"{error:.3f} of dense (rms over sampled calls, worst layer {worst.layer}: "
+            f"{worst.error:.3f})"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON types: tuples as lists, what is not finite as None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _some(sites: list[str]) -> str:

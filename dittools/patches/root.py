@@ -3,6 +3,7 @@
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from dittools.call import AttentionCall
 from dittools.errors import DitToolsError, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.patches.adapters import Family, Layout
+from dittools.patches.groups import by_tokens, run_groups, view_of
 from dittools.patches.guide import BRANCH, Guide
-from dittools.patches.inputs import lacking, take_seen
+from dittools.patches.inputs import take_seen
 from dittools.patches.masks import KeyMask, key_mask
-from dittools.patches.meter import DENSE_IS_FASTER, Meter
 from dittools.patches.parallel import Parallel
 from dittools.patches.perturb import restricted, split_refusal
+from dittools.patches.recorder import View
 from dittools.patches.refusals import (
-    KEEPS_ALL,
     NOT_FINITE,
     UNKNOWN_BRANCH,
     UNKNOWN_LENGTH,
@@ -55,8 +56,10 @@ class Root:
         runtime = self.runtime
         arguments = self._bind(denoiser, args, kwargs)
         place = runtime.clock.observe(arguments.get(self.family.timestep))
+        if runtime.flight is not None:
+            runtime.flight.look()
         if place.is_new_run:
-            runtime.memory.clear()
+            runtime.begin_run()
             self._unnamed = (-1, 0)
         layout, problem = None, ""
         try:
@@ -125,6 +128,7 @@ class Root:
 
             def plain(some: SeamCall, kept: tuple[int, ...] | None) -> torch.Tensor:
                 mine = rules if kept is None else restricted(rules, kept)
+                some = some if kept is None else replace(some, heads=kept)
                 return self._main_call(site, some, grids, moment, tally, mine)
 
             return self.guide.perturb(site, call, grids, rules, plain)
@@ -180,13 +184,18 @@ class Root:
         runtime = self.runtime
         ordinal = moment.ordinals[site.name]
         moment.ordinals[site.name] += 1
+        view = None
+        if runtime.flight is not None:
+            view = view_of(site, call, moment, ordinal, runtime.plan.schedule)
         attention, reason = self._attention_call(site, call, grid, ordinal, moment)
         if attention is None:
             tally.dense += 1
             tally.fallbacks[reason] += 1
+            if reason == NOT_FINITE and runtime.flight is not None and view is not None:
+                runtime.flight.inputs_not_finite(view, *by_tokens(call))
             return call.dense()
         with runtime.sparse_calls.running(call.query.device):
-            return self._run(attention, rules, call, tally)
+            return self._run(attention, rules, call, tally, view)
 
     def _attention_call(
         self, site: Site, call: SeamCall, grid: TokenGrid, ordinal: int, moment: Moment
@@ -195,11 +204,7 @@ class Root:
         reason = refusal(call)
         if reason:
             return None, reason
-        q, k, v = call.query, call.key, call.value
-        if call.heads_first:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if k.shape[2] != q.shape[2] and q.shape[2] % k.shape[2] == 0:
-            k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+        q, k, v = by_tokens(call)
         shard = call.shard
         if not (shard.is_finite if shard else not self.runtime.check_finite or is_finite(q, k, v)):
             return None, NOT_FINITE
@@ -242,56 +247,15 @@ class Root:
         return found
 
     def _run(
-        self, whole: AttentionCall, rules: list[HeadRule], call: SeamCall, tally: Tally
+        self,
+        whole: AttentionCall,
+        rules: list[HeadRule],
+        call: SeamCall,
+        tally: Tally,
+        view: View | None = None,
     ) -> torch.Tensor:
-        """Run each group of heads by its method; the stock function where nothing is sparse."""
-        runtime = self.runtime
-
-        def stock() -> torch.Tensor:
-            out = call.dense()
-            return out.transpose(1, 2) if call.heads_first else out
-
-        meter = Meter(runtime.backend, whole, stock, runtime.backend_work)
-        groups = []
-        for heads, method in rules:
-            part = whole.heads(heads) if len(rules) > 1 else whole
-            if call.shard is not None:
-                part = call.shard.part(part, whole)
-            reasons = []
-            if method.name != "dense":
-                reasons = method.not_supported(part) or lacking(method, part)
-            for reason in reasons:
-                tally.fallbacks[reason] += 1
-            groups.append((heads, None if reasons or method.name == "dense" else method, part))
-        if all(method is None for _, method, _ in groups):
-            tally.dense += 1
-            return call.dense()
-        try:
-            parts = [
-                (heads, meter.dense(part) if method is None else method.attend(part, meter))
-                for heads, method, part in groups
-            ]
-        except UnsupportedCall as error:
-            tally.dense += 1
-            tally.fallbacks[str(error)] += 1
-            return call.dense()
-        tally.fallbacks.update(meter.notes)
-        self._note(meter, whole, tally)
-        out = parts[0][1] if len(parts) == 1 else _scatter(whole, parts)
-        return out.transpose(1, 2) if call.heads_first else out
-
-    def _note(self, meter: Meter, whole: AttentionCall, tally: Tally) -> None:
-        density = meter.density(whole)
-        if meter.declined:
-            tally.fallbacks[DENSE_IS_FASTER] += 1
-        if meter.was_sparse or (isinstance(density, float) and density < 1):
-            tally.sparse += 1
-            tally.sparse_density = tally.sparse_density + density
-            self.runtime.used |= meter.used
-            return
-        tally.dense += 1
-        if not meter.declined:
-            tally.fallbacks[KEEPS_ALL] += 1
+        """Run each group of heads by its method; see `run_groups`."""
+        return run_groups(self.runtime, whole, rules, call, tally, view)
 
 
 def _place(layout: Layout | None, site: Site, call: SeamCall, tokens: int) -> tuple[TokenGrid, ...]:
@@ -300,14 +264,3 @@ def _place(layout: Layout | None, site: Site, call: SeamCall, tokens: int) -> tu
         return ()
     grid = layout.place(site.path, tokens)
     return (grid,) if grid is not None else layout.by_row(call.query.shape[0], tokens)
-
-
-def _scatter(
-    whole: AttentionCall, parts: list[tuple[tuple[int, ...], torch.Tensor]]
-) -> torch.Tensor:
-    """Put the results of groups of heads together, [B, S, H, D]."""
-    out = torch.empty_like(whole.query, memory_format=torch.contiguous_format)
-    for heads, result in parts:
-        where = torch.as_tensor(heads, device=out.device)
-        out.index_copy_(2, where, result.to(out.dtype))
-    return out

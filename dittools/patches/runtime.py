@@ -9,7 +9,9 @@ import torch
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.patches.adapters import Layout
+from dittools.patches.flight import Flight
 from dittools.patches.masks import KeyMask
+from dittools.patches.recorder import Recorder
 from dittools.patches.sites import Site
 from dittools.patches.steps import StepClock
 from dittools.patches.timing import Stopwatch
@@ -59,14 +61,23 @@ class Moment:
 class Runtime:
     """State of one attachment, shared by its denoisers and by copies of them."""
 
-    def __init__(self, plan: Plan, backend: Backend, pipe: Any, check_finite: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        pipe: Any,
+        check_finite: bool,
+        recorder: Recorder | None = None,
+    ) -> None:
         """Start with nothing counted; `pipe` holds the scheduler, None for a bare denoiser."""
         self.plan = plan
         self.backend = backend
         self.check_finite = check_finite
+        self.exchange = "heads"  # what ranks of a context-parallel group give each other
         self.clock = StepClock(pipe)
         self.memory: dict[tuple[str, str, int], tuple[Any, dict[str, Any]]] = {}
         self._rules: dict[tuple[str, int, int, int, str], list[HeadRule]] = {}
+        self.flight = None if recorder is None else Flight(recorder)
         self.reset()
 
     def reset(self) -> None:
@@ -81,6 +92,14 @@ class Runtime:
         self.forwards: Counter[str] = Counter()  # by component
         self.grids: set[TokenGrid] = set()
         self.ranks = ""  # of a context-parallel group, in words
+        if self.flight is not None:
+            self.flight.reset()
+
+    def begin_run(self) -> None:
+        """Forget what belongs to one run of the pipeline."""
+        self.memory.clear()
+        if self.flight is not None:
+            self.flight.begin_run()
 
     def tally(self, site: Site) -> Tally:
         """Return the counts of a site."""

@@ -3,7 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -57,6 +57,7 @@ class SeamCall:
         options: every further argument by name.
         number: of the original in ORIGINALS.
         shard: which heads these are, where other processes hold the rest; else None.
+        heads: which heads of the site these are, where some were left out here; else empty.
     """
 
     query: torch.Tensor
@@ -65,6 +66,7 @@ class SeamCall:
     options: dict[str, Any]
     number: int
     shard: "Shard | None" = None
+    heads: tuple[int, ...] = ()
 
     def dense(self) -> torch.Tensor:
         """Return what the stock pipeline would compute, in its own layout."""
@@ -76,7 +78,8 @@ class SeamCall:
         q, k, v = (
             t[index : index + 1].narrow(axis, 0, tokens) for t in (self.query, self.key, self.value)
         )
-        return SeamCall(q, k, v, {**self.options, "attn_mask": None}, self.number, self.shard)
+        options = {**self.options, "attn_mask": None}
+        return replace(self, query=q, key=k, value=v, options=options)
 
     @property
     def heads_first(self) -> bool:

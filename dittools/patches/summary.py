@@ -1,6 +1,8 @@
 """Turning the counts of a runtime into a report."""
 
+import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -9,7 +11,10 @@ from dittools.patches.install import not_interceptable
 from dittools.patches.report import LayerReport, Report
 from dittools.patches.root import Root
 from dittools.patches.runtime import Runtime, Tally
+from dittools.patches.sites import Site
 from dittools.plans import Plan
+
+Squares = Mapping[tuple[str, int], tuple[float, int]]  # (site, step): squared errors, their count
 
 
 def summarise(
@@ -21,8 +26,13 @@ def summarise(
     notes: list[str],
 ) -> Report:
     """Return the report of an attachment; see `Report` for what its numbers mean."""
+    flight = runtime.flight
+    if flight is not None:
+        flight.look()
+    squares = {} if flight is None else flight.errors
+    by_site = _by_site(squares)
     layers = [
-        _layer(site.name, site.layer, runtime.tally(site), runtime.forwards[root.component])
+        _layer(site, runtime.tally(site), runtime.forwards[root.component], by_site.get(site.name))
         for root in roots
         for site in root.sites
     ]
@@ -34,6 +44,7 @@ def summarise(
     eligible = calls["sparse"] + calls["dense"]
     fallbacks, fallback_sites = _fallbacks(runtime, roots)
     schedule = runtime.plan.schedule
+    looking = 0.0 if flight is None else flight.watch.total_ms
     return Report(
         method=_methods(runtime.plan),
         preset=source,
@@ -47,7 +58,7 @@ def summarise(
         sparse_density=sparse_sum / calls["sparse"] if calls["sparse"] else 1.0,
         calls=calls,
         attention_ms=runtime.attention.total_ms,
-        choosing_ms=max(runtime.sparse_calls.total_ms - runtime.backend_work.total_ms, 0.0),
+        choosing_ms=max(runtime.sparse_calls.total_ms - runtime.backend_work.total_ms - looking, 0),
         fallbacks=fallbacks,
         fallback_sites=fallback_sites,
         coverage=_coverage(runtime, roots, denoisers),
@@ -59,15 +70,41 @@ def summarise(
         notes=notes,
         skipped=sum(layer.skipped for layer in layers),
         layers=layers,
+        error=_rms(squares.values()),
+        errors=_errors(squares),
+        incidents=[] if flight is None else list(flight.incidents),
+        incidents_left_out=0 if flight is None else flight.left_out,
+        recorder_ms=looking,
     )
 
 
-def _layer(name: str, layer: int, tally: Tally, forwards: int) -> LayerReport:
+def _rms(found: Iterable[tuple[float, int]]) -> float | None:
+    """Return the root of a mean of squares that come as (sum, count); None without any."""
+    pairs = list(found)
+    calls = sum(count for _, count in pairs)
+    return math.sqrt(sum(total for total, _ in pairs) / calls) if calls else None
+
+
+def _by_site(squares: Squares) -> dict[str, float | None]:
+    by_site: dict[str, list[tuple[float, int]]] = {}
+    for (site, _), pair in squares.items():
+        by_site.setdefault(site, []).append(pair)
+    return {site: _rms(pairs) for site, pairs in by_site.items()}
+
+
+def _errors(squares: Squares) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for (site, step), (total, count) in sorted(squares.items()):
+        found.setdefault(site, {})[step] = math.sqrt(total / count)
+    return found
+
+
+def _layer(site: Site, tally: Tally, forwards: int, error: float | None) -> LayerReport:
     eligible = tally.sparse + tally.dense
     total = float(tally.sparse_density)
     return LayerReport(
-        site=name,
-        layer=layer,
+        site=site.name,
+        layer=site.layer,
         sparse=tally.sparse,
         dense=tally.dense,
         passed_through=tally.passed,
@@ -75,6 +112,7 @@ def _layer(name: str, layer: int, tally: Tally, forwards: int) -> LayerReport:
         sparse_density=total / tally.sparse if tally.sparse else 1.0,
         # a site that was never called is reported by `coverage`, with the reason
         skipped=forwards - tally.forwards if tally.forwards else 0,
+        error=error,
     )
 
 

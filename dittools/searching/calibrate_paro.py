@@ -316,7 +316,7 @@ class _Run:
         rows = []
         for number, use in enumerate(self.request.held_out, start=1):
             dense = generate(self.pipe, use).frames
-            with attach(self.pipe, plan, backend=self.backend) as handle:
+            with attach(self.pipe, plan, backend=self.backend, recorder=False) as handle:
                 frames = generate(self.pipe, use).frames
                 density = handle.report().density
             rows.append((compare(dense, frames).psnr_db, density))
@@ -339,7 +339,7 @@ class _Run:
         return found
 
     def _generate(self, probe: Any, use: Settings) -> None:
-        with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend):
+        with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend, recorder=False):
             generate(self.pipe, use)
 
 

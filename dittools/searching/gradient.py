@@ -73,7 +73,9 @@ def carry_back(pipe: Any, settings: Settings, sites: Sites, vectors: int, seed: 
         InputError: the pipeline cannot be differentiated.
     """
     tap = Tap(sites)
-    with attach(pipe, Plan((Rule(tap),)), backend="reference", check_finite=False) as handle:
+    with attach(
+        pipe, Plan((Rule(tap),)), backend="reference", check_finite=False, recorder=False
+    ) as handle:
         restore = _checkpointed(pipe, handle)
         try:
             with torch.inference_mode(False), torch.enable_grad():

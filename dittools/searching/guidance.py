@@ -211,7 +211,7 @@ def search_guidance(
 
     def run(chosen: tuple[str, ...], pair: Settings) -> float:
         guidance = hunt.guidance(chosen) if chosen else None
-        with attach(pipe, base, guidance=guidance, backend=backend):
+        with attach(pipe, base, guidance=guidance, backend=backend, recorder=False):
             return judge(generate(pipe, pair).frames, pair.prompt)
 
     mark = fingerprint(asdict(hunt) | {"rounds": 0, "top_k": 0}, judge.mark, _digest(base))

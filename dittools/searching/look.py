@@ -106,6 +106,6 @@ def look(pipe: Any, settings: Settings, plan: Plan, load: Load, backend: str) ->
     steps = min(LOOK_STEPS, load.steps)
     found = Look(steps)
     looker = _Looker(plan, load, backend, found)
-    with attach(pipe, Plan((Rule(looker),)), check_finite=False):
+    with attach(pipe, Plan((Rule(looker),)), check_finite=False, recorder=False):
         generate(pipe, replace(settings, steps=steps))
     return found

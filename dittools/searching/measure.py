@@ -106,7 +106,7 @@ class Bench:
 
         def measure(use: Settings) -> Result:
             probe = Probe(sites, candidates, facts.gains, carry, active)
-            with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend):
+            with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend, recorder=False):
                 generate(self.pipe, use)
             return probe.results()
 
@@ -162,7 +162,7 @@ class Bench:
 
     def _score(self, plan: Plan, settings: Settings) -> Result:
         reference = self.dense(settings).numpy()
-        with attach(self.pipe, plan, backend=self.backend) as handle:
+        with attach(self.pipe, plan, backend=self.backend, recorder=False) as handle:
             run = generate(self.pipe, settings)
             density = handle.report().density
         fidelity = compare(reference, run.frames)

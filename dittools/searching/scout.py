@@ -91,7 +91,7 @@ def scout(pipe: Any, settings: Settings) -> Facts:
     watcher = _Watcher()
     forwards: list[tuple[Any, str]] = [(each.denoiser, "forward") for each in targets]
     timer = PartTimer({"steps": forwards}, str(getattr(pipe, "device", "cpu")))
-    with attach(pipe, Plan((Rule(watcher),)), check_finite=False) as handle:
+    with attach(pipe, Plan((Rule(watcher),)), check_finite=False, recorder=False) as handle:
         generate(pipe, replace(settings, steps=1))
         handle.reset()
         with timer.running():
