@@ -14,7 +14,7 @@ from dittools.methods.gna import GNA
 from dittools.methods.metered import Metered
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import PARO
-from dittools.methods.presets import ALIASES, DEFAULT_DENSE_STEPS, PUBLISHED
+from dittools.methods.presets import ALIASES, COMBINATIONS, DEFAULT_DENSE_STEPS, PUBLISHED
 from dittools.methods.psa import PSA
 from dittools.methods.radial import Radial
 from dittools.methods.random_blocks import RandomBlocks
@@ -53,17 +53,28 @@ METHODS: dict[str, type[Any]] = {
     )
 }
 
-__all__ = ["METHODS", "GridMethod", "Method", "Preset", "build", "preset", "to_params"]
+__all__ = [
+    "COMBINATIONS",
+    "METHODS",
+    "GridMethod",
+    "Method",
+    "Preset",
+    "build",
+    "preset",
+    "to_params",
+]
 
 
 def build(name: str, params: dict[str, Any] | None = None) -> Method:
     """Return the method of that name with these parameters; the rest keep their defaults.
 
+    The name of a published combination stands for its method and parameters.
+
     Raises:
         UnknownMethod: no method has this name, or it does not take one of the parameters.
         InputError: a parameter has an unusable value.
     """
-    kind = _kind(name)
+    kind, known = _kind(name)
     unknown = sorted(set(params or {}) - {f.name for f in fields(kind)})
     if unknown:
         raise UnknownMethod(
@@ -71,7 +82,7 @@ def build(name: str, params: dict[str, Any] | None = None) -> Method:
             expected=", ".join(describe(kind)) or "no parameters",
             got=repr(params),
         )
-    method: Method = kind(**(params or {}))
+    method: Method = kind(**{**known, **(params or {})})
     return method
 
 
@@ -83,30 +94,31 @@ def to_params(method: Method) -> dict[str, Any]:
             return value.to_param()
         return [plain(v) for v in value] if isinstance(value, tuple) else value
 
-    return {f.name: plain(getattr(method, f.name)) for f in fields(_kind(method.name))}
+    return {f.name: plain(getattr(method, f.name)) for f in fields(_kind(method.name)[0])}
 
 
 def preset(name: str, family: str) -> Preset:
     """Return a method as published for a model family; its defaults where nothing is published.
 
     Args:
-        name: name in METHODS.
+        name: name in METHODS or in COMBINATIONS.
         family: "wan", "wan22", "hunyuan_video", "cogvideox", "flux", ...; any other name is fine.
     Raises:
         UnknownMethod: no method has this name.
     """
-    kind = _kind(name)
+    kind, known = _kind(name)
     key = family.lower().replace("-", "_")
     key = ALIASES.get(key, key)
     found = PUBLISHED.get((name, key))
     if found is not None:
-        return Preset(kind(**found.params), found.dense_steps, found.dense_layers, found.source)
+        method = kind(**{**known, **found.params})
+        return Preset(method, found.dense_steps, found.dense_layers, found.source)
     if kind is Dense:
         return Preset(kind(), 0, 0, "dense has no settings")
     source = f"no published preset for {family}, using {name}'s defaults"
     if getattr(kind, "acts_early", False):
         return Preset(kind(), 0, 0, source)
-    return Preset(kind(), DEFAULT_DENSE_STEPS, 0, source + ", a quarter of the steps dense")
+    return Preset(kind(**known), DEFAULT_DENSE_STEPS, 0, source + ", a quarter of the steps dense")
 
 
 def describe(kind: type[Any]) -> list[str]:
@@ -120,9 +132,10 @@ def describe(kind: type[Any]) -> list[str]:
     return phrases
 
 
-def _kind(name: str) -> type[Any]:
-    if name not in METHODS:
-        raise UnknownMethod(
-            "unknown method", expected=f"one of {', '.join(METHODS)}", got=repr(name)
-        )
-    return METHODS[name]
+def _kind(name: str) -> tuple[type[Any], dict[str, Any]]:
+    """Return the class of a name and the parameters the name stands for."""
+    method, known = COMBINATIONS.get(name, (name, {}))
+    if method not in METHODS:
+        expected = f"one of {', '.join((*METHODS, *COMBINATIONS))}"
+        raise UnknownMethod("unknown method", expected=expected, got=repr(name))
+    return METHODS[method], known

@@ -28,6 +28,57 @@ _RECT = "Rectified-SpaAttn scripts, "
 _PSA = "Pyramid-Sparse-Attention presets, "
 _SVG = "Sparse-VideoGen scripts, "
 _GNA = "arXiv:2504.16922, "
+_EAR = "SVG-EAR configs (arXiv:2603.08982), "
+_SPARSE_PR = "SparsePR adapters (arXiv:2608.18484), "
+_SVOO = "SVOO scripts (arXiv:2603.18636), "
+
+# published combinations of one method's parts: name -> method, what differs from its defaults
+COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "svg_ear": (
+        "clustered",
+        {"mass": 0.9, "least_kept": 0.1, "least_budget": 0.2, "probes": 0},
+    ),
+    "sparse_pr": (
+        "clustered",
+        {
+            "partition": "response",
+            "density": 0.22,
+            "skipped": "drop",
+            "probe_choice": "groups",
+            "gated": False,
+            "ridge": 0.1 / 64,  # of 64 rows
+            "rank": 16,
+            "first_rounds": 25,
+            "first_sample": 0,
+        },
+    ),
+    "svoo": (
+        "clustered",
+        {
+            "partition": "profile",
+            "q_clusters": 256,
+            "k_clusters": 1024,
+            "mass": 0.9,
+            "score": "mass",
+            "skipped": "drop",
+            "least_kept": 0.1,
+            "probes": 0,
+            "first_rounds": 2,
+            "first_sample": 0,
+        },
+    ),
+    "cluster_attention": (
+        "clustered",
+        {
+            "partition": "split",
+            "least_queries": 64,
+            "least_keys": 128,
+            "score": "mass",
+            "probes": 0,
+            "key_block": 64,
+        },
+    ),
+}
 
 PUBLISHED: dict[tuple[str, str], Published] = {
     ("radial", "wan"): Published(
@@ -129,6 +180,34 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("svg2", "cosmos"): Published({"q_clusters": 400, "mass": 0.9}, 0.3, 1, _SVG + "Cosmos 14B"),
     ("vmoba", "wan"): Published(
         {"top_k": 0.25}, 0.25, 0, "arXiv:2506.23858, untrained Wan2.1-1.3B"
+    ),
+    ("svg_ear", "wan"): Published({}, 0.1, 1, _EAR + "Wan, 3 % of the layers dense"),
+    ("svg_ear", "wan22"): Published({}, 0.1, 1, _EAR + "Wan2.2, 3 % of the layers dense"),
+    ("sparse_pr", "hunyuan_video"): Published({}, 0.1, 1, _SPARSE_PR + "HunyuanVideo 720p"),
+    ("sparse_pr", "wan22"): Published(
+        {"score": "mass", "first_rounds": 50}, 0.2, 1, _SPARSE_PR + "Wan2.2-I2V-A14B 720p"
+    ),
+    ("sparse_pr", "cosmos"): Published({"every": 4}, 2 / 35, 1, _SPARSE_PR + "Cosmos-Predict2.5"),
+    ("svoo", "wan"): Published(
+        {"least_kept": 0.15, "every": 40, "settle": 12 / 50},
+        0.2,
+        1,
+        _SVOO + "Wan2.1 T2V 14B, the lower bound of its floors",
+    ),
+    ("svoo", "wan22"): Published(
+        {"least_kept": 0.2, "every": 40, "settle": 10 / 40},
+        0.2,
+        1,
+        _SVOO + "Wan2.2 A14B, the lower bound of its floors",
+    ),
+    ("svoo", "hunyuan_video"): Published(
+        {"mass": 0.88, "least_kept": 0.05, "every": 50, "settle": 7 / 50},
+        0.1,
+        1,
+        _SVOO + "HunyuanVideo, the lower bound of its floors",
+    ),
+    ("cluster_attention", "wan"): Published(
+        {}, 0.2, 1, "ClusterAttention (arXiv:2608.26965), Wan2.1-14B; dense steps as in SVOO"
     ),
 }
 
