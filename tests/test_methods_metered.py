@@ -474,7 +474,7 @@ def test_orders_may_be_named_for_each_head() -> None:
 def test_fewer_tokens_than_probes_or_than_a_block_are_refused() -> None:
     few = call_of(TokenGrid(1, 4, 8))
     assert "more tokens than probes (32)" in Metered(block_size=8, probes=32).not_supported(few)[0]
-    assert "one block (64)" in Metered(probes=8).not_supported(few)[0]
+    assert "one block (128)" in Metered(probes=8).not_supported(few)[0]
     assert Metered(block_size=8, probes=8).not_supported(few) == []
 
 
@@ -488,7 +488,7 @@ def test_fewer_tokens_than_probes_or_than_a_block_are_refused() -> None:
         ({"probes": 4}, "at least 8 with mode='repair'"),
         ({"ceiling": 0.5}, "above 0, with probes"),
         ({"start": 0.2}, "above 0, with probes"),
-        ({"probes": 0, "mode": "pooled"}, "0 without probes"),
+        ({"probes": 0, "mode": "pooled", "refresh": 1.3}, "0 without probes"),
     ],
 )
 def test_unusable_parameters_are_one_clear_line(wrong: dict[str, Any], said: str) -> None:

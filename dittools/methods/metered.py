@@ -65,12 +65,12 @@ class Metered:
         "whether blocks are ranked by the error of skipping them or by their mass",
         choices=("error", "mass"),
     )
-    block_size: int = param(64, "the tokens per block", least=8, most=1024)
+    block_size: int = param(128, "the tokens per block", least=8, most=1024)
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
     per_head: bool = param(True, "whether every head keeps the same share")
     probes: int = param(64, "the rows attended exactly; 0 for none", least=0)
     refresh: float = param(
-        1.3,
+        0.0,
         "the growth of a head's error at which blocks are chosen anew; 0 for every step",
         least=0.0,
     )

@@ -126,7 +126,7 @@ def _fit(
     """
     if root is None:
         mean, shift = found.mean(1, keepdim=True), error.mean(1, keepdim=True)
-        spread = found.std(1, keepdim=True)
+        spread = found.std(1, keepdim=True, correction=min(1, found.shape[1] - 1))
     else:
         share = root.square() / root.square().sum(1, keepdim=True)
         mean, shift = ((x * share).sum(1, keepdim=True) for x in (found, error))
