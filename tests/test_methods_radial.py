@@ -145,6 +145,29 @@ def test_is_symmetric_without_sink_and_grows_with_decay() -> None:
     assert bool((Radial().mask(grid).keep >= Radial(first_distance="t/2").mask(grid).keep).all())
 
 
+@pytest.mark.parametrize(("frames", "tokens", "block"), [(12, 64, 32), (20, 42, 16), (9, 100, 32)])
+def test_the_largest_decay_fills_every_pair_of_frames_that_takes_part(
+    frames: int, tokens: int, block: int
+) -> None:
+    """keep(d): all distances while a band of 2**floor(log2 t) / 2**floor(log2 d) fills a block of
+    128, then every (128 / band)-th.
+    """
+    grid = grid_of(frames, tokens)
+    keep = Radial(decay=64.0, sink=False, block_size=block, safe=False).mask(grid).keep[0]
+    power = 2 ** (tokens.bit_length() - 1)
+    dropped = 0
+    for i in range(frames):
+        for j in range(frames):
+            apart = abs(i - j)
+            band = power / 2 ** (apart.bit_length() - 1) if apart else power
+            takes_part = apart == 0 or band >= 128 or apart % int(128 / band) == 0
+            inside = [slice(-(-n * tokens // block), (n + 1) * tokens // block) for n in (i, j)]
+            whole = keep[inside[0], inside[1]]  # blocks that lie in this pair of frames alone
+            assert bool((whole == takes_part).all()), (i, j)
+            dropped += whole.numel() * (not takes_part)
+    assert dropped > 0
+
+
 def test_one_or_two_frames_see_everything() -> None:
     assert bool(Radial().mask(grid_of(1, 300)).keep.all())
     assert bool(Radial().mask(grid_of(2, 200)).keep.all())
@@ -160,7 +183,7 @@ def call_of(grid: TokenGrid, batch: int = 1) -> AttentionCall:
 
 
 @pytest.mark.parametrize("before", [0, 13])
-@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize("after", [0, 7, 256])
 def test_attention_is_sdpa_under_the_expanded_mask(before: int, after: int) -> None:
     grid = TokenGrid(6, 9, 11, before, after)
     radial = Radial(decay=0.2, block_size=16)

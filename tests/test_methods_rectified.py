@@ -158,6 +158,23 @@ def test_blocks_of_one_token_are_exact_when_all_are_compensated() -> None:
     )
 
 
+@pytest.mark.parametrize("text", [(0, 0), (3, 4)])
+def test_a_single_block_is_dense(text: tuple[int, int]) -> None:
+    call = random_call(TokenGrid(1, 3, 4, *text))
+    for density in (0.1, 1.0):
+        method = Rectified(block_size=16, density=density, mass=0.0)
+        found = rectified_blocks(call, method, block_order(call.grid, 16))
+        assert found.kept.shape == (2, 1, 1)
+        if bool(found.kept.all()):  # text may take the only place of a row
+            dense = BACKEND.dense(call)
+            torch.testing.assert_close(method.attend(call, BACKEND), dense, atol=2e-6, rtol=1e-5)
+        else:
+            assert sum(text)
+        constant = replace(call, value=torch.full_like(call.value, 0.6))
+        out = method.attend(constant, BACKEND)
+        torch.testing.assert_close(out, constant.value)
+
+
 def test_selection_counts_follow_the_authors_rule() -> None:
     row = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]], dtype=torch.float64)
     text = torch.zeros(1, 1, dtype=torch.float64)

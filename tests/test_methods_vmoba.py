@@ -1,17 +1,21 @@
 """VMoBA: partitions, selection rules with the authors' worked examples, exact execution."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from toys import generate
 
 from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
 from dittools.methods.vmoba import KINDS, VMoBA, block_keys, block_sides, partition, select
+from dittools.patches import attach
 from dittools.patches.meter import Meter
 from dittools.patches.timing import Stopwatch
+from dittools.pipelines import tiny
 
 BACKEND = ReferenceBackend()
 RULES = ("local_top_k", "global_top_k", "local_threshold", "global_threshold")
@@ -173,6 +177,58 @@ def test_published_grids_have_the_published_blocks_and_density(
     assert sum(k / c for k, c in zip(kept, counts, strict=True)) / 3 == pytest.approx(
         0.2619, abs=1e-4
     )
+
+
+class Silent:
+    """A backend that computes nothing: density needs the masks alone."""
+
+    name = "silent"
+
+    def not_supported(self, call: AttentionCall, mask: object = None) -> list[str]:
+        return []
+
+    def dense(self, call: AttentionCall) -> torch.Tensor:
+        return torch.zeros_like(call.query)
+
+    def block_sparse(
+        self, call: AttentionCall, mask: object, *, return_lse: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        out = torch.zeros_like(call.query)
+        return (out, out[..., 0]) if return_lse else out
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_report_counts_the_published_density_on_a_published_grid(layer: int) -> None:
+    grid, method = TokenGrid(21, 30, 52), VMoBA()
+    q, k, v = (torch.randn(1, grid.total, 1, 4) for _ in range(3))
+    call = AttentionCall(q, k, v, grid, layer=layer)
+    meter = Meter(Silent(), call, lambda: torch.zeros_like(q), Stopwatch())
+    method.attend(call, meter)
+    closed = (2 / 7, 6 / 24, 18 / 72)[layer]
+    assert float(meter.density(call)) == pytest.approx(closed, rel=1e-9)
+
+
+def test_early_steps_and_attention_to_text_stay_as_they_were() -> None:
+    pipe = tiny.build("wan")
+    names = {id(m): name for name, m in pipe.transformer.named_modules()}
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, _: calls.append(names[id(m)]))
+        for name, module in pipe.transformer.named_modules()
+        if name.endswith(("attn1", "attn2"))
+    ]
+    generate(pipe, "wan", num_inference_steps=5)
+    stock = list(calls)
+    calls.clear()
+    with attach(pipe, "vmoba", backend="reference") as handle:
+        generate(pipe, "wan", num_inference_steps=5)
+        report = handle.report()
+    assert calls == stock
+    layers = len(report.layers)
+    ran = report.calls["sparse"] + sum(report.fallbacks.values())
+    assert ran == (5 - math.ceil(0.25 * 5)) * layers * 2  # both branches
+    for hook in hooks:
+        hook.remove()
 
 
 def test_layers_cycle_and_every_token_has_one_block_on_any_grid() -> None:
