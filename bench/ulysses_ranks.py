@@ -4,11 +4,11 @@ Started once per rank by `bench/scaling.py` and the tests:
     python bench/ulysses_ranks.py JOBS.json RANK RANKS STORE OUT.json
 
 A job is {"name", "family", "plan" (file) or "method", "heads", "backend", "anything", "call",
-"stock", "nan"}: the family "demo" is the embedded model; `stock` false leaves out the split run
-without a plan, where diffusers has none; `nan` puts one into the values of the first head. Each job
-is generated in one process first and then over all ranks; OUT holds for each how far both are
-apart, the report, and the bytes this rank sent: as the collectives were asked for, and as its
-sockets counted them.
+"exchange", "stock", "nan"}: the family "demo" is the embedded model; `stock` false leaves out the
+split run without a plan, where diffusers has none; `nan` puts one into the values of the first
+head. Each job is generated in one process first and then over all ranks; OUT holds for each how far
+both are apart, the report, and the bytes this rank sent: as the collectives were asked for, and as
+its sockets counted them.
 """
 
 import json
@@ -142,7 +142,11 @@ def run_job(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     with torch.no_grad():
         dense = generate()
         chosen = job.get("plan") or job["method"]
-        with dittools.attach(pipe, chosen, backend=job.get("backend", "reference")) as handle:
+        settings = {
+            "backend": job.get("backend", "reference"),
+            "exchange": job.get("exchange", "heads"),
+        }
+        with dittools.attach(pipe, chosen, **settings) as handle:
             alone = generate()
             single = handle.report().to_dict()
         undo = parallelise(pipe.transformer, rank, ranks, bool(job.get("anything")))
@@ -151,7 +155,7 @@ def run_job(job: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
             with Sent(ranks) as stock:
                 split = generate() if job.get("stock", True) else dense
             middle = socket_bytes()
-            with dittools.attach(pipe, chosen, backend=job.get("backend", "reference")) as handle:
+            with dittools.attach(pipe, chosen, **settings) as handle:
                 with Sent(ranks) as sent:
                     together = generate()
                 report = handle.report()

@@ -69,11 +69,17 @@ class Clear:
         """Return the radius on one grid."""
         return self.radius * max(grid.height, grid.width) if self.radius < 1 else self.radius
 
+    def score_factor(self, keys: int) -> float:
+        """Return by what `proportional` multiplies the scores of a sequence of so many keys."""
+        if not self.proportional:
+            return 1.0
+        keys *= 10 if self.down_factor else 1  # the authors' factor 10
+        return math.sqrt(math.log(keys) / math.log(self.trained_tokens))
+
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return [B, S, H, D] in the dtype of call.query."""
         if self.proportional:
-            keys = call.key.shape[1] * (10 if self.down_factor else 1)  # the authors' factor 10
-            factor = math.sqrt(math.log(keys) / math.log(self.trained_tokens))
+            factor = self.score_factor(call.key.shape[1])
             call = replace(call, scale=call.softmax_scale * factor)
         mask = self.mask(call.grid).to(call.query.device)
         if not self.down_factor:

@@ -173,16 +173,27 @@ def _visits(axis: torch.Tensor, edge: int) -> tuple[int, int]:
     return int(pairs.any(3).any(1).sum()), int(pairs.all(3).all(1).sum())
 
 
-@lru_cache(maxsize=32)
-def gna_mask(grid: TokenGrid, gna: GNA) -> BlockMask:
-    """Build the mask of one grid from one pattern per axis."""
+@lru_cache(maxsize=64)
+def gna_sides(grid: TokenGrid, gna: GNA) -> Sides:
+    """Return the tile in use: the one given, or the one picked for the grid."""
     tile = gna_tile(grid, gna) if gna.tile is None else gna.tile
-    sides = (tile[0], tile[1], tile[2]) if isinstance(tile, tuple) else (tile,) * 3
-    axes = (
+    return (tile[0], tile[1], tile[2]) if isinstance(tile, tuple) else (tile,) * 3
+
+
+def axis_patterns(grid: TokenGrid, gna: GNA) -> Axes:
+    """Return bool [L, L] per axis: which keys (columns) each query (rows) sees."""
+    sides = gna_sides(grid, gna)
+    return (
         _axis(gna, grid, 0, sides[0]),
         _axis(gna, grid, 1, sides[1]),
         _axis(gna, grid, 2, sides[2]),
     )
+
+
+@lru_cache(maxsize=32)
+def gna_mask(grid: TokenGrid, gna: GNA) -> BlockMask:
+    """Build the mask of one grid from one pattern per axis."""
+    axes = axis_patterns(grid, gna)
     if all(bool(axis.all()) for axis in axes):
         return BlockMask.full(grid.total, grid.total, gna.block_size)
-    return separable_mask(grid, axes, sides)
+    return separable_mask(grid, axes, gna_sides(grid, gna))

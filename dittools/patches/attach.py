@@ -172,9 +172,7 @@ def attach(
             raise InputError("guidance is given twice", remedy="a plan or method beside guidance=")
         guidance, plan = plan, "dense"
     if exchange not in EXCHANGES:
-        raise InputError(
-            "unknown exchange", expected=" or ".join(EXCHANGES), got=repr(exchange)
-        )
+        raise InputError("unknown exchange", expected=" or ".join(EXCHANGES), got=repr(exchange))
     flight = recorder_of(recorder)
     targets = find_targets(pipe)
     chosen, source = _resolve_plan(plan, targets[0], _components(pipe))

@@ -19,6 +19,7 @@ from dittools.call import AttentionCall, Peers
 from dittools.errors import UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.patches.adapters import Layout
+from dittools.patches.halo import attend_halo, find_bands, halo_refusal
 from dittools.patches.inputs import by_head
 from dittools.patches.perturb import restricted
 from dittools.patches.refusals import UNKNOWN_SPLIT, finite_flag, parallel_refusal
@@ -140,6 +141,10 @@ class Split:
     streams: tuple[int, ...]
     ranks: int
 
+    def piece(self, tokens: int, rank: int) -> int:
+        """Tokens of one rank out of one stream."""
+        return piece(tokens, rank, self.ranks)
+
     def local(self, rank: int) -> int:
         """Tokens of one rank."""
         return sum(piece(stream, rank, self.ranks) for stream in self.streams)
@@ -221,14 +226,16 @@ class Parallel:
             UnsupportedCall: heads cannot be spread over the ranks, which stock diffusers cannot do
                 either.
         """
-        reason = parallel_refusal(call)
+        runtime, reason = self.root.runtime, parallel_refusal(call)
         if reason:
             tally.dense += 1
             tally.fallbacks[reason] += 1
             return call.dense()
         config = call.options["parallel_config"].context_parallel_config
         heads, ranks = call.query.shape[2], int(config.ulysses_degree)
-        _check_heads(heads, ranks, bool(getattr(config, "ulysses_anything", False)))
+        is_anything = bool(getattr(config, "ulysses_anything", False))
+        if runtime.exchange != "halo":
+            _check_heads(heads, ranks, is_anything)
         link = Link(config._ulysses_mesh.get_group(), int(config._ulysses_local_rank), ranks)
         try:
             split = find_split(moment.layout, site.path, call.query.shape[1], link)
@@ -239,11 +246,16 @@ class Parallel:
             tally.passed += 1
             tally.fallbacks[reason] += 1
             return call.dense()
-        runtime = self.root.runtime
         runtime.grids.update(split.grids)
         runtime.ranks = f"rank {link.rank} of {ranks} (Ulysses): densities and times are its own"
         rules = runtime.rules(site, moment.step, moment.steps, heads, moment.branch)
         with runtime.attention.running(call.query.device):
+            if runtime.exchange == "halo":
+                out = self._halo(call, split, link, rules, tally)
+                if out is not None:
+                    site.seen.clear()
+                    return out
+                _check_heads(heads, ranks, is_anything)
             if all(method.name == "dense" for _, method in rules):  # without an exchange of ours
                 return self.root._main_call(site, call, split.grids, moment, tally, rules)
             owners = self._deal(site, moment, heads, ranks, split.grids[0])
@@ -263,6 +275,26 @@ class Parallel:
                 phases[work] = phases.get(work, 0.0) + 1
             self._owners[key] = assign(tuple((n, work) for work, n in phases.items()), ranks)
         return self._owners[key]
+
+    def _halo(
+        self,
+        call: SeamCall,
+        split: Split,
+        link: Link,
+        rules: list[HeadRule],
+        tally: Tally,
+    ) -> torch.Tensor | None:
+        """Return the attention of this rank's band of an image, None where heads must be dealt."""
+        if all(method.name == "dense" for _, method in rules):
+            return None
+        reason = halo_refusal(call, split, rules)
+        if reason:
+            tally.fallbacks[f"heads are exchanged, not a halo: {reason}"] += 1
+            return None
+        bands = find_bands(split, [method for _, method in rules])
+        runtime = self.root.runtime
+        runtime.ranks = f"rank {link.rank} of {link.ranks} (halo of rows): times are its own"
+        return attend_halo(runtime, call, bands, link, rules, tally)
 
     def _exchange(
         self,
