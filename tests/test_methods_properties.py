@@ -1,6 +1,7 @@
 """What the papers' formulas imply, method by method, where no other test says it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,17 @@ from toys import generate
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
-from dittools.methods import Method
+from dittools.mask import BlockMask
+from dittools.methods import Method, build
 from dittools.methods.agent import Agent
-from dittools.methods.clear import Clear
+from dittools.methods.bands import band_density
+from dittools.methods.clear import Clear, clear_pairs
 from dittools.methods.gna import GNA
 from dittools.methods.radial import Radial
 from dittools.methods.sparse_vdit import SparseVDiT
 from dittools.patches import attach
+from dittools.patches.meter import Meter
+from dittools.patches.timing import Stopwatch
 from dittools.pipelines import tiny
 
 BACKEND = ReferenceBackend()
@@ -24,6 +29,77 @@ BACKEND = ReferenceBackend()
 def call_of(grid: TokenGrid, heads: int = 2, batch: int = 1) -> AttentionCall:
     q, k, v = (torch.randn(batch, grid.total, heads, 16) for _ in range(3))
     return AttentionCall(q, k, v, grid, steps=10, unrotated=None)
+
+
+def told_density(method: Method, call: AttentionCall) -> float:
+    """The density a report would show of one call."""
+    meter = Meter(BACKEND, call, lambda: BACKEND.dense(call), Stopwatch())
+    method.attend(call, meter)
+    return float(meter.density(call))
+
+
+FULL = TokenGrid(4, 8, 8)  # 16 blocks of 16 tokens
+CLOSED = [  # method, grid, the share of pairs its description promises
+    ("random", {"density": 0.25, "block_size": 16}, FULL, 0.25),
+    ("paro", {"density": 0.3, "block_size": 16}, FULL, None),  # the diagonal comes on top
+    ("sparge", {"density": 0.25, "block_size": 16}, FULL, 4 / 16),
+    ("rectified", {"density": 0.25, "mass": 0.0, "neighbours": False, "block_size": 16},
+     FULL, 4 / 16),
+    ("psa", {"rule": "topk", "ends": (0.25, 0.5, 0.75, 1.0), "block_size": 16, "tile": 2},
+     FULL, (4 + 4 / 2 + 4 / 4 + 4 / 8) / 16),
+    ("psa", {"rule": "topk", "ends": (0.25, 0.5, 0.75, 1.0), "block_size": 64, "key_block": 16,
+             "tile": 2}, FULL, (4 + 4 / 2 + 4 / 4 + 4 / 8) / 16),
+    ("vmoba", {"top_k": 2, "temporal": 1, "block_size": 16}, FULL, 2 / 4),
+    ("vmoba", {"top_k": 2, "temporal": 1, "pooled": True, "block_size": 16}, FULL, 2 / 4),
+    ("sparse_vdit", {"mode": ("full", "skip"), "block_size": 16}, FULL, 1 / 2),
+    ("sparse_vdit", {"mode": ("diagonal", "full"), "density": 0.3, "block_size": 16},
+     FULL, (band_density(16, 2) + 1) / 2),
+    ("svg", {"density": 0.3, "sink": False, "block_size": 16}, FULL, band_density(16, 2)),
+    ("agent", {"cell": (1, 4, 4), "early": 1.0}, FULL, 2 * 16 / 256),
+    ("agent", {"agents": "matched", "cell": (1, 4, 4), "early": 1.0, "ratio": 0.4},
+     TokenGrid(1, 16, 16), 2 * (256 - 102) * 16 / 256**2),
+    ("tome", {"ratio": 0.5}, TokenGrid(1, 16, 16), 0.25),
+    ("oracle", {"density": 0.25, "block_size": 16}, FULL, None),
+    ("svg2", {"mass": 1.0, "block_size": 16}, FULL, 1.0),
+    ("radial", {"block_size": 16}, FULL, None),
+    ("clear", {"radius": 3, "block_size": 16}, TokenGrid(1, 16, 16),
+     clear_pairs(TokenGrid(1, 16, 16), 3) / 256**2),
+    ("gna", {"window": (3, 3, 5), "stride": 1, "block_size": 16}, FULL, 3 * 3 * 5 / 256),
+    ("sta", {"window": (3, 3, 1), "tile": (1, 2, 8)}, FULL, 3 / 4 * 3 / 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "grid", "share"), CLOSED, ids=lambda part: part if type(part) is str else ""
+)
+def test_the_density_told_is_the_closed_form(
+    name: str, params: dict[str, Any], grid: TokenGrid, share: float | None
+) -> None:
+    """And, of whatever was launched, the share of pairs that was really kept."""
+    call = call_of(grid)
+    call = replace(call, features=torch.randn(1, grid.tokens, 16), unrotated=call.query, layer=0)
+    method = build(name, params)
+    told = told_density(method, call)
+    kept: list[float] = []
+
+    class Counting(ReferenceBackend):
+        def dense(self, asked: AttentionCall) -> torch.Tensor:
+            kept.append(asked.query.shape[1] * asked.key.shape[1] * asked.head_count)
+            return super().dense(asked)
+
+        def block_sparse(self, asked: AttentionCall, mask: BlockMask, **options: Any) -> Any:
+            pairs = mask.to_dense()
+            if asked.key_bias is not None:  # keys left out by a bias of -inf are not counted
+                pairs = pairs & (asked.key_bias[0, :, None] > float("-inf"))
+            kept.append(float(pairs.double().mean(0).sum()) * asked.head_count)
+            return super().block_sparse(asked, mask, **options)
+
+    method.attend(replace(call, memory={}), Counting())
+    if name != "vmoba":  # its launches hold padded copies of queries, which are not counted
+        assert told == pytest.approx(sum(kept) / (2 * grid.total**2), rel=1e-9)
+    if share is not None:
+        assert told == pytest.approx(share, rel=1e-9)
+    assert 0 < told <= 1
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -14,6 +14,7 @@ from toys import SPARSE, generate
 from dittools.methods import build
 from dittools.patches import attach
 from dittools.pipelines import tiny
+from dittools.plans import Plan, Rule
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -125,6 +126,45 @@ def test_pipelines_and_sizes_in_turns_share_no_state(method: str) -> None:
             assert torch.equal(out, alone[name, place]), (name, place)
     for handle in handles.values():
         assert sum(layer.sparse for layer in handle.report().layers) > 0
+
+
+def test_two_of_a_class_and_one_of_another_keep_their_own_plans_in_turns() -> None:
+    """Different plans, sizes and models take turns; each gives what it gives alone."""
+    few = {"q_clusters": 4, "k_clusters": 8, "least_queries": 2, "least_keys": 2}
+    plans = {
+        "first": ("wan", Plan.of(build("svg2", few))),
+        "second": (
+            "wan",
+            Plan(
+                (
+                    Rule(build("paro", {"density": 0.3, "block_size": 8})),
+                    Rule(build("vmoba", {"block_size": 8}), layers=(1,), heads=(0,)),
+                )
+            ),
+        ),
+        "image": ("flux", Plan.of(build("psa", {"block_size": 16, "ends": (0.2, 0.3, 0.4, 0.5)}))),
+    }
+    sizes: dict[str, list[dict[str, int]]] = {
+        "wan": [{}, {"height": 48}],
+        "flux": [{}, {"height": 24, "width": 64}],
+    }
+    alone = {
+        (name, place): generate_attached(tiny.build(model), model, plan, size)
+        for name, (model, plan) in plans.items()
+        for place, size in enumerate(sizes[model])
+    }
+    assert not torch.equal(alone["first", 0], alone["second", 0])
+    pipes = {name: tiny.build(model) for name, (model, _) in plans.items()}
+    handles = {
+        name: attach(pipes[name], plan, dense_steps=1, backend="cpu")
+        for name, (_, plan) in plans.items()
+    }
+    for place in (0, 1, 0):
+        for name, (model, _) in plans.items():
+            out = generate(pipes[name], model, **sizes[model][place])
+            assert torch.equal(out, alone[name, place]), (name, place)
+    for name, handle in handles.items():
+        assert sum(layer.sparse for layer in handle.report().layers) > 0, name
 
 
 def generate_attached(pipe: Any, name: str, method: Any, size: dict[str, int]) -> torch.Tensor:
