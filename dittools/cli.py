@@ -117,6 +117,9 @@ def generate(
     ] = False,
     repeats: Annotated[int, typer.Option(help="Timed repeats with --compare.")] = 3,
     backend: Annotated[str, typer.Option(help="Attention backend.")] = "auto",
+    recorder: Annotated[
+        bool, typer.Option(help="Watch the run: its error, and heads in trouble run dense.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     prompts: Annotated[
@@ -153,6 +156,7 @@ def generate(
         compare=compare,
         repeats=repeats,
         backend=backend,
+        recorder=recorder,
         dtype=dtype,
         device=device,
         out=out,
@@ -272,6 +276,9 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
         console.print(summary(report), markup=False, highlight=False)
         for reason, count in report["accelerated"]["report"]["fallbacks"].items():
             console.print(f"ran dense, {count} calls: {reason}", markup=False, highlight=False)
+        error = report["accelerated"]["report"]["error"]
+        if error is not None:
+            console.print(f"attention error: {error:.3f} of dense", markup=False, highlight=False)
         for name, score in (report["prompt_score"] or {}).items():
             wrong = [part for part, right in score.items() if right is False and part != "all"]
             verdict = "matches the prompt" if not wrong else f"misses: {', '.join(wrong)}"

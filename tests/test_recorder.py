@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from toys import SPARSE, generate
 
 from dittools.call import AttentionCall
+from dittools.cli import main
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend, load
@@ -417,3 +419,17 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any]) -> Non
 def test_anything_else_for_a_recorder_is_refused(pipe: Any) -> None:
     with pytest.raises(InputError, match="expected True, False or a Recorder; got 'on'"):
         attach(pipe, "gna", recorder=cast(Any, "on"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-recorder"], ["--compare", "--repeats", "1"]])
+def test_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    size = ["--steps", "2", "--frames", "5", "--height", "32", "--width", "32"]
+    wanted = ["generate", "--model", "tiny/wan", "--method", "gna", "--backend", "reference"]
+    with pytest.raises(SystemExit, match="0"):
+        main([*wanted, "--dense-steps", "0", *size, *flags, "--out", str(tmp_path)])
+    text = " ".join(capsys.readouterr().out.split())
+    report = json.loads((tmp_path / "report.json").read_text())["accelerated"]["report"]
+    assert ("of dense" in text) == ("--no-recorder" not in flags)
+    assert (report["error"] is None) == ("--no-recorder" in flags)

@@ -60,6 +60,7 @@ class Request:
     compare: bool = False
     repeats: int = 3
     backend: str = "auto"
+    recorder: bool = True
     dtype: str = "auto"
     device: str = "cpu"
     out: Path = Path("out/generate")
@@ -163,6 +164,7 @@ def attach_options(request: Request) -> dict[str, Any]:
         "dense_steps": request.dense_steps,
         "dense_layers": request.dense_layers,
         "guidance": request.perturb,
+        "recorder": None if request.recorder else False,
     }
     return {name: value for name, value in wanted.items() if value is not None}
 
