@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import torch
 from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
-from dittools.kernels import load
+from dittools.kernels import Backend, load
 from dittools.methods import METHODS, build
+from dittools.methods.base import tell
 from dittools.patches.meter import Meter
 from dittools.patches.timing import Stopwatch
 from dittools.plans import ModelFacts
@@ -18,10 +20,11 @@ from dittools.searching.allocate import Problem, Unreachable, allocate, within_m
 from dittools.searching.atlas import band_keys, band_shares, head_class
 from dittools.searching.candidates import Candidate, candidates_for
 from dittools.searching.cost import CostTable, flops_table, measure_costs
+from dittools.searching.ladders import block_for, ladders_for
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import mask_rows, masked_output, sample_rows, weights
-from dittools.searching.rowwise import RowBackend
+from dittools.searching.rowwise import RowBackend, rows_in
 from dittools.searching.solver import Solver
 from dittools.searching.table import (
     Table,
@@ -90,6 +93,9 @@ CHOOSERS = [
     build("svg", {"density": 0.4, "block_size": 16, "sink": False}),
     build("vmoba", {"top_k": 0.3, "block_size": 16}),
     build("vmoba", {"top_k": 0.3, "block_size": 16, "pooled": True}),
+    build("metered", {"density": 0.3, "block_size": 16, "mode": "pooled", "probes": 0}),
+    build("metered", {"density": 0.3, "block_size": 16}),  # mended by rows of its own
+    build("clustered", {"density": 0.3, "probes": 16}),
 ]
 
 
@@ -107,6 +113,63 @@ def test_sampled_rows_are_those_of_the_whole_call(method: object, batch: int) ->
     want = method.attend(replace(call, memory={}), whole)  # type: ignore[attr-defined]
     assert torch.allclose(got[:, rows], want[:, rows], atol=1e-5)
     assert float(sampled.kept.mean()) == pytest.approx(float(whole.density(call)), abs=1e-6)
+
+
+class _ReadsUnasked:
+    """Passes on what a backend gives for a query it never asked about."""
+
+    name = "reads"
+
+    def not_supported(self, call: AttentionCall) -> list[str]:
+        return []
+
+    def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
+        mask = METHODS_SEEN[0].mask(GRID)  # type: ignore[attr-defined]
+        return backend.block_sparse(call, mask).roll(1, dims=1)
+
+
+def test_rows_nobody_asked_for_never_pass_for_good_ones() -> None:
+    candidates = [Candidate(build("dense"), None, 1.0, 1.0, 0)]
+    candidates.append(Candidate(_ReadsUnasked(), None, 1.0, 1.0, 0))
+    probe = _probe(candidates, [None], 40)
+    probe.attend(_call(), load("reference"))
+    assert probe.error[0, :, 0, :, 1].max() == float("inf")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_exact_rows_are_found_among_the_queries(batch: int) -> None:
+    query = torch.randn(batch, 50, 3, 16)
+    rows = torch.tensor([3, 11, 49])
+    assert torch.equal(rows_in(query[:, rows], query), rows)  # type: ignore[arg-type]
+    other = query[:, rows].clone()
+    other[-1, 1, 2, 15] += 1  # one channel of one head
+    assert rows_in(other, query) is None
+    assert rows_in(query[:, rows, :2], query) is None
+
+
+def test_what_a_method_has_to_say_of_a_trial_reaches_the_report_of_the_run() -> None:
+    call = _call()
+    meter = Meter(load("reference"), call, lambda: call.query, Stopwatch())
+    tell(RowBackend(meter, call, torch.arange(4)), "ran dense")
+    assert meter.notes == ["ran dense"]
+
+
+def test_metered_comes_pooled_and_mended_and_under_one_threshold_for_single_runs() -> None:
+    found = ladders_for("metered", TokenGrid(7, 16, 16))
+    made: list[Any] = [ladder.make(0.3) for ladder in found]
+    assert [(m.mode, m.per_head) for m in made] == [
+        ("pooled", True),
+        ("repair", True),
+        ("pooled", False),
+        ("repair", False),
+    ]
+    assert [ladder.alone for ladder in found] == [not m.per_head for m in made]
+    assert {(m.density, m.block_size) for m in made} == {(0.3, block_for(TokenGrid(7, 16, 16)))}
+    assert [bool(m.probes) for m in made] == [False, True, False, True]
+    chosen: list[Any] = [c.method for c in candidates_for(TokenGrid(7, 16, 16), ["metered"])[1:]]
+    assert {m.mode for m in chosen} == {"pooled", "repair"}
+    assert len({m.density for m in chosen}) >= 3
+    assert all(m.per_head for m in chosen)
 
 
 def test_a_method_that_splits_heads_is_counted_on_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,9 @@ class Watched:
         """What the backend says."""
         return self.inner.not_supported(call, mask)
 
+    def note(self, reason: str) -> None:
+        """Nothing: a trial is in no report, and what ran is in its times."""
+
     def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
         """Never: what the mask costs is the question."""
         return False

@@ -255,6 +255,27 @@ def _paro(name: str, grid: TokenGrid) -> list[Ladder]:
     return [ladder("each head alike", True), ladder("one threshold", False)]
 
 
+def _metered(name: str, grid: TokenGrid) -> list[Ladder]:
+    """Skipped blocks pooled, with and without rows that mend the rest; by head or all together."""
+    block = block_for(grid)
+
+    def ladder(label: str, mode: str, per_head: bool) -> Ladder:
+        probes = {} if mode == "repair" else {"probes": 0}  # which would only look
+
+        def make(density: float) -> Method:
+            given = {"mode": mode, "per_head": per_head, "block_size": block, **probes}
+            return build(name, {"density": round(density, 4), **given})
+
+        return Ladder(name, label, make, alone=not per_head, few=True)
+
+    return [
+        ladder("pooled, each head alike", "pooled", True),
+        ladder("mended, each head alike", "repair", True),
+        ladder("pooled, one threshold", "pooled", False),
+        ladder("mended, one threshold", "repair", False),
+    ]
+
+
 def _svg(name: str, grid: TokenGrid) -> list[Ladder]:
     block = block_for(grid)
 
@@ -314,6 +335,7 @@ _MAKERS: dict[str, Callable[[str, TokenGrid], list[Ladder]]] = {
     "vmoba": _vmoba,
     "rectified": _rectified,
     "paro": _paro,
+    "metered": _metered,
     "svg": _svg,
     "svg2": _svg2,
 }

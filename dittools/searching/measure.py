@@ -19,7 +19,8 @@ from dittools.searching.rows import sample_rows
 from dittools.searching.scout import Facts
 from dittools.searching.store import Result, Store, Unit, fingerprint
 
-FORMAT = 2  # of what a calibration keeps: older work is not taken up
+FORMAT = 3  # of what a calibration keeps: older work is not taken up
+_APART = 2**40  # from the seeds by which methods draw rows of their own, which they know exactly
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def sites_for(
     facts: Facts, ranges: tuple[float, ...], rows: int, per_range: int, seed: int
 ) -> Sites:
     """Return what a probe looks at: a few steps per range, spread evenly, and a few queries."""
-    chosen = sample_rows(facts.grid.total, rows, seed)
+    chosen = sample_rows(facts.grid.total, rows, seed ^ _APART)
     args = (facts.grid, facts.model.layers, facts.model.heads, ranges, facts.steps)
     plain = Sites(*args, frozenset(), chosen)
     by_range: dict[int, list[int]] = {}

@@ -154,7 +154,7 @@ class Probe:
                 for other, exact in zip(others, dense, strict=True):
                     error[:, number] += _size(other - exact, gain) / share
         self._note_fixed(where)
-        return error, norm
+        return error.nan_to_num(nan=float("inf"), posinf=float("inf")), norm
 
     def _dynamic(
         self, number: int, call: AttentionCall, sampled: RowBackend, at: torch.Tensor
