@@ -27,10 +27,14 @@ STEPS = 4
 
 
 def small(name: str) -> Method:
-    """The method with blocks small enough to drop something of a few dozen tokens."""
+    """The method with blocks small enough to drop something of a few dozen tokens.
+
+    Every head keeps its own share: one threshold for all heads is no matter of one head.
+    """
     known = {f.name: f for f in fields(METHODS[name])}
     least = known["block_size"].metadata["least"] or 16 if "block_size" in known else 0
-    return build(name, {"block_size": max(16, least)} if least else {})
+    given: dict[str, Any] = {"block_size": max(16, least)} if least else {}
+    return build(name, {**given, "per_head": True} if "per_head" in known else given)
 
 
 class Stock(SeamCall):
