@@ -138,6 +138,7 @@ def test_two_of_a_class_and_one_of_another_keep_their_own_plans_in_turns() -> No
             Plan(
                 (
                     Rule(build("paro", {"density": 0.3, "block_size": 8})),
+                    Rule(build("svg2", few), heads=(0,)),
                     Rule(build("vmoba", {"block_size": 8}), layers=(1,), heads=(0,)),
                 )
             ),
@@ -159,7 +160,7 @@ def test_two_of_a_class_and_one_of_another_keep_their_own_plans_in_turns() -> No
         name: attach(pipes[name], plan, dense_steps=1, backend="cpu")
         for name, (_, plan) in plans.items()
     }
-    for place in (0, 1, 0):
+    for place in (0, 0, 1):
         for name, (model, _) in plans.items():
             out = generate(pipes[name], model, **sizes[model][place])
             assert torch.equal(out, alone[name, place]), (name, place)
