@@ -307,6 +307,23 @@ def _svg2(name: str, grid: TokenGrid) -> list[Ladder]:
     return [Ladder(name, "", make, few=True)]
 
 
+def _clustered(name: str, grid: TokenGrid) -> list[Ladder]:
+    """Groups as large as the blocks of other methods."""
+    block = block_for(grid)
+
+    def make(density: float) -> Method:
+        given = {
+            "density": round(density, 4),
+            "least_queries": block,
+            "least_keys": max(block // 2, 1),
+            "block_size": block,
+            "key_block": max(block // 2, 8),
+        }
+        return build(name, given)
+
+    return [Ladder(name, "", make, few=True)]
+
+
 def _by_density(name: str, grid: TokenGrid) -> list[Ladder]:
     """Any method with a density of its own, its other parameters at their defaults."""
     known = {f.name for f in fields(METHODS[name])}
@@ -338,4 +355,5 @@ _MAKERS: dict[str, Callable[[str, TokenGrid], list[Ladder]]] = {
     "metered": _metered,
     "svg": _svg,
     "svg2": _svg2,
+    "clustered": _clustered,
 }
