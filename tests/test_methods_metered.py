@@ -227,6 +227,34 @@ def test_an_error_that_follows_the_output_is_mended_on_rows_never_seen() -> None
     torch.testing.assert_close(repair.after, after, rtol=0.35, atol=0.01)  # fitted on fewer rows
 
 
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_an_error_that_follows_the_query_is_mended_from_the_query(earlier: int) -> None:
+    query, true = torch.randn(2, 1, 1000, 2, 16)
+    found = true - query @ (0.3 * torch.randn(16, 16))
+    rows = probe_rows(1000, 64, 1)
+    known = None
+    for seed in range(2, 2 + earlier):
+        old = probe_rows(1000, 64, seed)
+        known = fit_repair(found[:, old], true[:, old], query=query[:, old]).rows.before(known, 64)
+    before = relative_error(found, true)
+    blind, seeing = found.clone(), found.clone()
+    fit_repair(found[:, rows], true[:, rows]).apply(blind, slice(None))
+    fit = fit_repair(found[:, rows], true[:, rows], query=query[:, rows], earlier=known)
+    fit.apply(seeing, slice(None), query=query)
+    errors = [float((relative_error(x, true) / before).mean()) for x in (blind, seeing)]
+    assert errors[1] < (0.3, 0.2)[earlier] < 0.5 < errors[0]
+
+
+def test_rows_of_earlier_calls_fade_by_half_and_the_oldest_go() -> None:
+    known = None
+    for call in range(4):
+        x = torch.full((1, 8, 1, 4), float(call))
+        known = fit_repair(x, x + 1).rows.before(known, 16)
+    assert known is not None
+    assert known.features[0, :, 0].tolist() == [3.0] * 8 + [2.0] * 8
+    torch.testing.assert_close(known.root.square()[0, :, 0], torch.tensor([0.5] * 8 + [0.25] * 8))
+
+
 def test_the_gate_leaves_errors_alone_that_no_row_foretells() -> None:
     true = torch.randn(1, 2000, 8, 16)
     noise = 0.5 * torch.randn_like(true)

@@ -86,6 +86,14 @@ class Metered:
     )
     ridge: float = param(RIDGE, "the penalty of the repair, per row", above=0.0)
     rank: int = param(0, "the directions of the error that are repaired; 0 for all", least=0)
+    learn: str = param(
+        "query",
+        "what foretells the error of a row: its output alone, or its query too",
+        choices=("output", "query"),
+    )
+    recall: int = param(
+        1, "the earlier calls whose probe rows teach the repair, fading by half", least=0, most=64
+    )
 
     def __post_init__(self) -> None:
         """Check the parameters and what they need of each other."""
@@ -230,13 +238,24 @@ class Metered:
             found, exact = (torch.where(calm, rest, 0.0) for rest in (found, exact))
             state.broken = ~good if state.broken is None else state.broken | ~good
             state.mask = None  # dense from the next call on
-        grid = call.grid
-        fit = fit_repair(found, exact, ridge=self.ridge, rank=self.rank)
+        grid, query = call.grid, call.query if self.learn == "query" else None
+        fit = fit_repair(
+            found,
+            exact,
+            query=None
+            if query is None
+            else torch.where(good[:, None], query.index_select(1, rows), 0.0),
+            earlier=state.rows,
+            ridge=self.ridge,
+            rank=self.rank,
+        )
         error = fit.before
         if self.mode == "repair":
             error = fit.after
             span = slice(grid.text_before, grid.text_before + grid.tokens)
-            fit.apply(out, span, good if state.held is None else good & ~state.held)
+            fit.apply(out, span, good if state.held is None else good & ~state.held, query)
+            if self.recall:
+                state.rows = fit.rows.before(state.rows, self.recall * self.probes)
         out[0, rows] = torch.where(good[:, None], exact[0].to(out.dtype), out[0, rows])
         state.note(fit.before, error > self.limit if self.limit else None)
         return out

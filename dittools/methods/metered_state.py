@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dittools.mask import BlockMask
+from dittools.methods.repair import Rows
 from dittools.order import TokenOrder
 
 
@@ -22,6 +23,7 @@ class State:
         turned: bool [H], heads that passed it, either way, at the last call.
         held: bool [H], heads that are dense in the start of the run.
         broken: bool [H], heads that stay dense, their probes were not finite.
+        rows: probe rows of earlier calls.
     """
 
     order: TokenOrder | None = None
@@ -33,6 +35,7 @@ class State:
     turned: torch.Tensor | None = None
     held: torch.Tensor | None = None
     broken: torch.Tensor | None = None
+    rows: Rows | None = None
 
     def stale(self, growth: float, turns: bool) -> torch.Tensor:
         """Return bool [H]: heads whose error is more than `growth` times what it was.
