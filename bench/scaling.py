@@ -32,6 +32,7 @@ from scaling_model import (
     exchanged,
     fitting,
     gathered,
+    halo_bytes,
     least_slowest,
     mode_of,
 )
@@ -39,7 +40,8 @@ from ulysses_ranks import run_ranks
 
 from dittools.grid import TokenGrid
 from dittools.methods import build
-from dittools.patches.parallel import piece
+from dittools.patches.halo import find_bands
+from dittools.patches.split import Split, piece
 from dittools.plans import Plan
 from dittools.plans.balance import assign, head_work, in_order, plan_balance, slowest
 
@@ -153,6 +155,58 @@ def _row(case: Measured, rank: int, one: dict[str, Any]) -> dict[str, Any]:
         "error": one["error"],
         "agrees": all(sent.get(n) == dense.get(n) == formula[n] for n in formula),
     }
+
+
+HALO_CALL = {**FLUX_CALL, "height": 20, "width": 24}
+HALO_GRID = TokenGrid(1, 10, 12, 16)
+
+
+def measure_halo() -> list[dict[str, Any]]:
+    """Return for every rank of toy Flux the bytes of a halo exchange by formula and as counted."""
+    method, rows, forwards = build("clear", {"radius": 2.0, "block_size": 8}), [], 2
+    for ranks in (2, 4):
+        bands = find_bands(Split((HALO_GRID,), (16, 120), ranks), [method])
+        with tempfile.TemporaryDirectory() as folder:
+            plan = str(Plan.of(method).save(Path(folder) / "plan.json"))
+            job = {"name": "halo", "family": "flux", "heads": 8, "call": HALO_CALL}
+            found = run_ranks(Path(folder), [{**job, "plan": plan, "exchange": "halo"}], ranks)
+        for rank, one in enumerate(found["halo"]):
+            each = halo_bytes(bands, rank, 8, 16, 4)
+            result = gathered(120 // ranks, 4, ranks, 4) * forwards
+            formula = {"send": 4 * each["send"], "all_gather": 4 * each["all_gather"] + result}
+            counted = {name: one["sent"].get(name, 0) for name in formula}
+            rows.append(
+                {
+                    "ranks": ranks,
+                    "rank": rank,
+                    "formula": formula,
+                    "counted": counted,
+                    "ulysses": one["stock_sent"],
+                    "error": one["error"],
+                    "agrees": counted == formula and "all_to_all" not in one["sent"],
+                }
+            )
+    return rows
+
+
+def simulate_halo(ranks: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return what a rank of FLUX.1-dev sends for one attention of a 4096 x 4096 image, bf16."""
+    case = next(case for case in configs.RELEASED if case.name == "flux-4096")
+    heads, head_dim = case.config["num_attention_heads"], case.config["attention_head_dim"]
+    side, text = case.latent[1] // 2, case.text_tokens
+    grid, found = TokenGrid(1, side, side, text), []
+    for count in ranks[1:]:
+        row: dict[str, Any] = {"ranks": count, "mode": mode_of(heads, count)}
+        tokens = grid.total
+        row["ulysses"] = exchanged(tokens / count, tokens, heads / count, head_dim, count, 2)
+        for radius in (8.0, 16.0, 32.0):
+            bands = find_bands(
+                Split((grid,), (text, grid.tokens), count), [build("clear", {"radius": radius})]
+            )
+            sent = (halo_bytes(bands, rank, heads, head_dim, 2) for rank in range(count))
+            row[f"{radius:g}"] = max(sum(one.values()) for one in sent)
+        found.append(row)
+    return found
 
 
 def simulate(
@@ -292,11 +346,16 @@ def main() -> int:
             "simulated": simulate(model, hardware, networks, RANKS, tuple(given.densities)),
             "balance": balances(),
             "measured": old.get("measured") or measure(cases()),
+            "halo": {
+                "simulated": simulate_halo(RANKS),
+                "measured": old.get("halo", {}).get("measured") or measure_halo(),
+            },
         }
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     content = json.loads(given.out.read_text(encoding="utf-8"))
     given.page_out.write_text(scaling_page.page(content), encoding="utf-8")
-    wrong = [row for row in content["measured"] if not row["agrees"]]
+    rows = [*content["measured"], *content["halo"]["measured"]]
+    wrong = [row for row in rows if not row["agrees"]]
     for row in wrong:
         sys.stderr.write(f"not the formula: {row}\n")
     return int(bool(wrong))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dittools.errors import InputError
+from dittools.patches.halo import Bands
 from dittools.plans.balance import capacities
 
 EXCHANGES = 4  # query, key and value before an attention, the result after it
@@ -148,7 +149,9 @@ def mode_of(heads: int, ranks: int) -> str:
     return "ulysses_anything"
 
 
-def exchanged(local: int, tokens: int, slots: float, head_dim: int, ranks: int, item: int) -> float:
+def exchanged(
+    local: float, tokens: int, slots: float, head_dim: int, ranks: int, item: int
+) -> float:
     """Return the bytes one rank sends to others for one attention.
 
     Args:
@@ -167,6 +170,23 @@ def gathered(local: int, width: int, ranks: int, item: int) -> int:
     return local * width * item * (ranks - 1)
 
 
+def halo_bytes(bands: Bands, rank: int, heads: int, head_dim: int, item: int) -> dict[str, int]:
+    """Return the bytes one rank sends for one attention when bands exchange a halo of rows.
+
+    Keys and values of rows that others need; its piece of the text's query, key and value, padded
+    to the longest piece, to all others; and for each other rank the result and log-sum-exp of that
+    rank's piece of the text, fp32.
+    """
+    others = [other for other in range(len(bands.own)) if other != rank]
+    reached = (bands.overlap(rank, other) for other in others)
+    rows = sum(max(high - low, 0) for low, high in reached)
+    told = sum(bands.text[other] for other in others)
+    return {
+        "send": 2 * rows * heads * head_dim * item + told * heads * (head_dim + 1) * 4,
+        "all_gather": 3 * max(bands.text) * heads * head_dim * item * len(others),
+    }
+
+
 def announced(ranks: int, attentions: int, forwards: int) -> int:
     """Return the bytes with which Ulysses Anything tells lengths: int64, four times an attention
     and once with the result.
@@ -182,7 +202,7 @@ def estimate(
     share = model.heads / ranks
     slots = float(-(-model.heads // ranks)) if mode == "ulysses_anything" else share
     local = model.tokens / ranks
-    layer = exchanged(local, model.tokens, slots, model.head_dim, ranks, model.item)  # type: ignore[arg-type]
+    layer = exchanged(local, model.tokens, slots, model.head_dim, ranks, model.item)
     final = local * model.patch_out * model.item * (ranks - 1)
     attention = model.attention_flops * density * slots / model.heads
     linear = model.split_flops / ranks + model.repeated_flops

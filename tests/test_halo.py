@@ -14,8 +14,8 @@ from dittools.grid import TokenGrid
 from dittools.methods import build
 from dittools.methods.halo import band_mask, band_refusal, band_scale, key_rows
 from dittools.patches.halo import Bands, find_bands, halo_refusal
-from dittools.patches.parallel import Split, piece
 from dittools.patches.sites import ORIGINALS, SeamCall
+from dittools.patches.split import Split, piece
 from dittools.plans import Plan, Rule
 
 ROOT = Path(__file__).parents[1]

@@ -18,9 +18,9 @@ from dittools.errors import InputError, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.methods import build
 from dittools.patches.adapters import Layout
-from dittools.patches.parallel import Link, Split, find_split
 from dittools.patches.refusals import RING, UNKNOWN_SPLIT
 from dittools.patches.sites import ORIGINALS, SeamCall
+from dittools.patches.split import Link, Split, find_split
 from dittools.plans import Plan, Rule
 from dittools.plans.balance import assign, capacities, head_work, in_order, plan_balance, slowest
 from dittools.searching.forecast import forecast

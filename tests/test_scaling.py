@@ -203,6 +203,11 @@ def test_page_and_numbers_are_current(scripts: ModuleType, model: Any, found: An
         scripts.wan_14b(), model.Hardware(), model.NETWORKS, scripts.RANKS, densities
     )
     assert json.loads(json.dumps(again)) == found["simulated"]
+    assert (
+        json.loads(json.dumps(scripts.simulate_halo(scripts.RANKS))) == found["halo"]["simulated"]
+    )
+    assert [row["ranks"] for row in found["halo"]["measured"]] == [2, 2, 4, 4, 4, 4]
+    assert all(row["agrees"] for row in found["halo"]["measured"])
     assert [row["name"] for row in found["measured"]] == [
         case.name for case in scripts.cases() for _ in range(case.ranks)
     ]

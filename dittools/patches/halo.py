@@ -8,7 +8,7 @@ parts are merged by their log-sum-exps, which is exact. Heads need not divide by
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -21,10 +21,8 @@ from dittools.methods.halo import Banded, Range, band_mask, band_refusal, band_s
 from dittools.patches.refusals import finite_flag
 from dittools.patches.runtime import Runtime, Tally
 from dittools.patches.sites import SeamCall
+from dittools.patches.split import Link, Split
 from dittools.plans.plan import HeadRule
-
-if TYPE_CHECKING:
-    from dittools.patches.parallel import Link, Split
 
 _TEXT_BLOCK = 128
 
@@ -56,7 +54,7 @@ class Bands:
         return max(start, first), min(end, behind)
 
 
-def halo_refusal(call: SeamCall, split: "Split", rules: Sequence[HeadRule]) -> str:
+def halo_refusal(call: SeamCall, split: Split, rules: Sequence[HeadRule]) -> str:
     """Return why a call cannot run on bands, "" when it can; the same on every rank."""
     grid = split.grids[0]
     if len(split.grids) > 1:
@@ -71,7 +69,7 @@ def halo_refusal(call: SeamCall, split: "Split", rules: Sequence[HeadRule]) -> s
     return next((reason for reason in found if reason), "")
 
 
-def find_bands(split: "Split", methods: Sequence[Method]) -> Bands:
+def find_bands(split: Split, methods: Sequence[Method]) -> Bands:
     """Return the bands of a call whose methods have no `band_refusal`."""
     grid = split.grids[0]
     text, own, rows, start = [], [], [], 0
@@ -90,7 +88,7 @@ def attend_halo(
     runtime: Runtime,
     call: SeamCall,
     bands: Bands,
-    link: "Link",
+    link: Link,
     rules: Sequence[HeadRule],
     tally: Tally,
 ) -> torch.Tensor | None:
@@ -205,7 +203,7 @@ class _Work:
         self.runtime.used |= self.used
 
 
-def exchange_rows(own: torch.Tensor, bands: Bands, link: "Link") -> torch.Tensor:
+def exchange_rows(own: torch.Tensor, bands: Bands, link: Link) -> torch.Tensor:
     """Return [B, needed, ...] of the [B, own, ...] each rank has; a collective call."""
     dist: Any = torch.distributed
     first, behind = bands.needed(link.rank)
@@ -233,7 +231,7 @@ def exchange_rows(own: torch.Tensor, bands: Bands, link: "Link") -> torch.Tensor
     return out
 
 
-def merge_text(text: torch.Tensor, lse: torch.Tensor, bands: Bands, link: "Link") -> torch.Tensor:
+def merge_text(text: torch.Tensor, lse: torch.Tensor, bands: Bands, link: Link) -> torch.Tensor:
     """Return [B, own text, H, D]: each rank's part of the text over the tokens of all ranks.
 
     Args:
