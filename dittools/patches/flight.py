@@ -132,25 +132,36 @@ class Flight:
         """
         settings, device = self.settings, out.device
         now = device.type == "cpu" if settings.each_call is None else settings.each_call
-        with torch.no_grad(), self.watch.running(device):
+        with self.watch.running(device):
             found = out.detach()
-            wide = torch.promote_types(found.dtype, torch.float32)
-            numbers = {"sum": found.sum((0, 1, 3), dtype=wide)}  # finite if everything is
+            is_due = self._is_due(view)
+            numbers = {}
             if (view.step + view.layer) % max(1, settings.every // 4) == 0:
                 numbers["size"] = _size(found)
-            is_due = self._is_due(view)
-            if now or view.key in self._suspects:
-                self._suspects.discard(view.key)
-                read = {name: tensor.tolist() for name, tensor in numbers.items()}
-                bad = self._judge(view, call, found, watched, read, is_due)
-                return self._mended(view, out, bad, dense) if bad else out
-            if is_due:
-                self._sampled.add(view.key)
-                sampled = self._sample(view, call, found, settings.rows)
-                numbers["apart"], numbers["base"] = sampled
-                numbers["zero"] = _zero_rows(found).sum((0, 1))
-            self._pending.append(_Reading(view, watched, numbers))
-            return out
+            if not now and view.key not in self._suspects:
+                self._wait_for(view, call, found, watched, numbers, is_due)
+                return out
+            self._suspects.discard(view.key)
+            read = {name: tensor.tolist() for name, tensor in numbers.items()}
+            bad = self._judge(view, call, found, watched, read.get("size"), is_due)
+        return self._mended(view, out, bad, dense) if bad else out
+
+    def _wait_for(
+        self,
+        view: View,
+        call: AttentionCall,
+        found: torch.Tensor,
+        watched: tuple[int, ...],
+        numbers: dict[str, torch.Tensor],
+        is_due: bool,
+    ) -> None:
+        """Leave the numbers of a call on the device until the next forward begins."""
+        numbers["sum"] = found.sum((0, 1, 3), dtype=_wide(found))  # finite if everything is
+        if is_due:
+            self._sampled.add(view.key)
+            numbers["apart"], numbers["base"] = self._sample(view, call, found, self.settings.rows)
+            numbers["zero"] = _zero_rows(found).sum((0, 1))
+        self._pending.append(_Reading(view, watched, numbers))
 
     def look(self) -> None:
         """Read the numbers that wait, all at once."""
@@ -188,17 +199,17 @@ class Flight:
         call: AttentionCall,
         found: torch.Tensor,
         watched: tuple[int, ...],
-        read: dict[str, list[float]],
+        size: list[float] | None,
         is_due: bool,
     ) -> dict[int, tuple[str, float | None]]:
         """Return what is wrong with which heads: place -> (reason, error)."""
-        sums = read["sum"]
         bad: dict[int, tuple[str, float | None]] = {}
-        for i in watched:
-            is_known = (view.site, view.heads[i], BROKEN) in self._calm
-            if not math.isfinite(sums[i]) and not is_known and not _is_finite(found[:, :, i]):
-                bad[i] = BROKEN, None
-        if self._drifted(view, watched, read.get("size")) or is_due:
+        if not math.isfinite(found.sum(dtype=_wide(found))):  # or too large to add up
+            for i in watched:
+                is_known = (view.site, view.heads[i], BROKEN) in self._calm
+                if not is_known and not _is_finite(found[:, :, i]):
+                    bad[i] = BROKEN, None
+        if self._drifted(view, watched, size) or is_due:
             self._sampled.add(view.key)
             bad |= self._idle(view, call, found, [i for i in watched if i not in bad])
             bad |= self._far(view, call, found, [i for i in watched if i not in bad], bad)
@@ -235,7 +246,8 @@ class Flight:
         """Return squared error and squared size [H] over rows drawn for this call."""
         seed = zlib.crc32(f"{view.key} {view.step} {again}".encode())
         rows = probe_rows(call.query.shape[1], count, seed).to(found.device)
-        return squared_error(found.index_select(1, rows), exact_rows(call, rows))
+        with torch.no_grad():
+            return squared_error(found.index_select(1, rows), exact_rows(call, rows))
 
     def _idle(
         self, view: View, call: AttentionCall, found: torch.Tensor, places: list[int]
@@ -327,9 +339,12 @@ def put_heads(out: torch.Tensor, places: tuple[int, ...], part: torch.Tensor) ->
 def _size(out: torch.Tensor) -> torch.Tensor:
     """Return [H]: the root mean square of every head, from every eighth row if it is long."""
     some = out[:, :: max(1, min(8, out.shape[1] // 256))]
-    wide = torch.promote_types(out.dtype, torch.float32)
-    size: torch.Tensor = torch.linalg.vector_norm(some, dim=(0, 1, 3), dtype=wide)
+    size: torch.Tensor = torch.linalg.vector_norm(some, dim=(0, 1, 3), dtype=_wide(out))
     return size.mul_((size.numel() / max(some.numel(), 1)) ** 0.5)
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _zero_rows(out: torch.Tensor) -> torch.Tensor:
