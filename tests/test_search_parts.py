@@ -136,6 +136,22 @@ def test_rows_nobody_asked_for_never_pass_for_good_ones() -> None:
     assert probe.error[0, :, 0, :, 1].max() == float("inf")
 
 
+def test_a_call_looked_at_in_chunks_of_rows_is_no_earlier_call_of_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = build("metered", {"density": 0.3, "block_size": 16, "recall": 4})
+    candidates = [Candidate(m, None, 1.0, 1.0, 0) for m in (build("dense"), method)]
+    found = []
+    for chunk in (128, 20):
+        monkeypatch.setattr("dittools.searching.probe.CHUNK", chunk)
+        probe = _probe(candidates, [None], 40)
+        for step in (0, 3):
+            probe.attend(_call(step=step), load("reference"))
+        found.append(probe.error)
+    assert float(found[0][..., 1].sum()) > 0
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_exact_rows_are_found_among_the_queries(batch: int) -> None:
     query = torch.randn(batch, 50, 3, 16)

@@ -80,7 +80,7 @@ class Probe:
         count = len(candidates)
         self.active = [n for n in (range(count) if active is None else active) if n]
         self._kept: dict[int, torch.Tensor] = {}
-        self._memory: dict[tuple[int, str, int], dict[str, object]] = {}
+        self._memory: dict[tuple[int, str, int, int], dict[str, object]] = {}
         shape = (sites.layers, len(sites.ranges) - 1, len(BRANCHES), sites.heads)
         side = min(MAP_SIDE, sites.grid.total)
         self.error = torch.zeros((*shape, count), dtype=torch.float64)
@@ -131,7 +131,6 @@ class Probe:
         for part in range(0, len(rows), CHUNK):
             some = rows[part : part + CHUNK]
             sampled = RowBackend(backend, call, some)
-            at = some.to(call.query.device)
             share = batch * len(rows)
             dense = []
             for item, (weight, _) in enumerate(sampled.weights(call)):
@@ -142,12 +141,14 @@ class Probe:
             for number in self.active:
                 candidate = self.candidates[number]
                 if candidate.mask is None:
-                    others = self._dynamic(number, call, sampled, at)
+                    others = self._dynamic(number, call, sampled, part)
                     if part == 0:
                         self.density[where][:, number] += sampled.kept
                         self.computed[where][:, number] += sampled.visited
                 else:
-                    kept = self._rows_of(number, candidate)[:, part : part + CHUNK].to(at.device)
+                    kept = self._rows_of(number, candidate)[:, part : part + CHUNK].to(
+                        call.query.device
+                    )
                     values = [v.transpose(0, 1).float() for v in call.value]
                     pairs = zip(sampled.weights(call), values, strict=True)
                     others = [masked_output(weight, kept, value) for (weight, _), value in pairs]
@@ -157,12 +158,13 @@ class Probe:
         return error.nan_to_num(nan=float("inf"), posinf=float("inf")), norm
 
     def _dynamic(
-        self, number: int, call: AttentionCall, sampled: RowBackend, at: torch.Tensor
+        self, number: int, call: AttentionCall, sampled: RowBackend, part: int
     ) -> list[torch.Tensor]:
         """Return per item [H, R, D] of a candidate that looks at query and key."""
+        at = self.sites.rows[part : part + CHUNK].to(call.query.device)
         method = self.candidates[number].method
         sampled.forget()
-        use = replace(call, memory=self._remembered(call, number))
+        use = replace(call, memory=self._remembered(call, number, part))
         if method.not_supported(use):
             return [
                 torch.full((call.head_count, len(at), call.query.shape[3]), float("inf"))
@@ -170,13 +172,18 @@ class Probe:
         out = method.attend(use, sampled)
         return [part[at].transpose(0, 1).float() for part in out]
 
-    def _remembered(self, call: AttentionCall, number: int) -> dict[str, object]:
-        """Return what a candidate remembers of a site and branch, as in a run; if there is room."""
+    def _remembered(self, call: AttentionCall, number: int, part: int) -> dict[str, object]:
+        """Return what a candidate remembers of a site and branch, as in a run; if there is room.
+
+        Rows looked at together have a memory of their own: a call seen once per chunk of rows must
+        not count as an earlier call of itself.
+        """
         blocks = self.sites.grid.total / 32
         held = blocks**2 * self.sites.heads * self.sites.layers * 2 * len(self.active)
+        held *= -(-len(self.sites.rows) // CHUNK)
         if held > MEMORY_BYTES:
             return {}
-        return self._memory.setdefault((call.layer, _branch(call), number), {})
+        return self._memory.setdefault((call.layer, _branch(call), number, part), {})
 
     def _note_fixed(self, where: tuple[int, int, int]) -> None:
         for number in self.active:
