@@ -161,7 +161,7 @@ def _check(found: dict[str, list[Any]], ranks: int) -> None:
         for rank, one in enumerate(each):
             assert one["error"] < 2e-6, (name, rank, one["error"])
             assert one["sparse_gap"] > 1e-4  # far from dense
-            assert one["single"]["calls"]["sparse"] == 4
+            assert one["single"]["calls"]["sparse"] in (4, 8)
             if name == "partly":  # a rank may be dealt dense heads alone
                 continue
             assert one["report"]["calls"] == one["single"]["calls"]
@@ -205,8 +205,17 @@ def test_two_ranks_with_a_halo_make_the_image_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="diffusers is too old")
 def test_four_ranks_with_a_halo_make_the_image_of_one(tmp_path: Path) -> None:
-    """Bands of 2.5 rows, halos that reach over two ranks, text that does not divide."""
-    found = _run(tmp_path, [job for job in _jobs(tmp_path) if job["name"] != "mixed"], 4)
+    """Bands of 2.5 rows, halos that reach over two ranks, text that does not divide, no text."""
+    jobs = [job for job in _jobs(tmp_path) if job["name"] != "mixed"]
+    clear = {**jobs[0], "plan": _plan(tmp_path, "near", ("clear", {"radius": 2.0}, "all"))}
+    qwen = {"height": 64, "width": 64, "negative_prompt": "a cat on a blue square"}
+    wan = {"height": 64, "width": 64, "num_frames": 1}
+    for family, call in (("flux2", WIDE), ("qwen_image", qwen), ("wan", wan)):
+        call = {"num_inference_steps": 2, **call}
+        anything = family == "qwen_image"
+        more = {"name": family, "family": family, "call": call, "anything": anything}
+        jobs.append({**clear, **more})
+    found = _run(tmp_path, jobs, 4)
     far = _plan(tmp_path, "far", ("clear", {"radius": 6.0}, "all"))
     job = {"name": "far", "family": "flux", "heads": 6, "call": WIDE, "exchange": "halo"}
     (tmp_path / "far").mkdir()
