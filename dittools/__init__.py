@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dittools.methods.headhunter import HeadHunter as HeadHunter
     from dittools.order import TokenOrder as TokenOrder
     from dittools.patches import Attachment as Attachment
+    from dittools.patches import Recorder as Recorder
     from dittools.patches import Report as Report
     from dittools.patches import attach as attach
     from dittools.patches import detach as detach
@@ -49,6 +50,7 @@ _HOMES = {
     "METHODS": "dittools.methods",
     "Plan": "dittools.plans",
     "PlanError": "dittools.errors",
+    "Recorder": "dittools.patches",
     "Report": "dittools.patches",
     "SearchResult": "dittools.searching.api",
     "TokenGrid": "dittools.grid",

@@ -19,7 +19,16 @@ from dittools.mask import BlockMask
 from dittools.methods import build
 from dittools.methods.base import tell
 from dittools.patches import Attachment, Recorder, Report, attach, detach
-from dittools.patches.recorder import BROKEN, FAR, HELD, HOPELESS, IDLE, REST_DENSE, UNREPAIRED
+from dittools.patches.recorder import (
+    BLIND,
+    BROKEN,
+    FAR,
+    HELD,
+    HOPELESS,
+    IDLE,
+    REST_DENSE,
+    UNREPAIRED,
+)
 from dittools.patches.refusals import NOT_FINITE
 from dittools.patches.rescue import _in_pieces
 from dittools.patches.runtime import Moment
@@ -238,7 +247,8 @@ class Memory:
             raise torch.OutOfMemoryError("CUDA out of memory")
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        return dispatch_attention_fn(query, *rest, **options)
+        out: torch.Tensor = dispatch_attention_fn(query, *rest, **options)
+        return out
 
 
 class Call:
@@ -258,7 +268,8 @@ class Call:
         (root,) = handle._roots
         number = ORIGINALS.add(function or Memory(10**6), heads_first=False)
         root.moment = Moment(None, "", **{"step": 0, "steps": 4, "branch": "cond", **place})
-        call = SeamCall(*self.tensors, {}, number)
+        query, key, value = self.tensors
+        call = SeamCall(query, key, value, {}, number)
         tally = handle.runtime.tally(root.sites[1])
         grid = TokenGrid(1, 1, self.tensors[0].shape[1])
         rules = handle.plan.rules_for(1, root.sites[1].name, root.moment.step, 4, 2, "cond")
@@ -330,11 +341,28 @@ def test_nan_in_a_value_is_named_once_and_not_mended(pipe: Any, check_finite: bo
 def test_once_per_forward_the_next_calls_are_mended(pipe: Any) -> None:
     latents, report, _ = faulty_run(pipe, "nan", Recorder(each_call=False))
     assert of(report)[0] == (1, (1,), 1, BROKEN)
-    latents, report, _ = faulty_run(pipe, "mask", Recorder(every=1, limit=0.5, each_call=False))
-    assert of(report) == [(1, (1,), 2, FAR)]  # suspected at step 1, seen at step 2
-    latents, report, _ = faulty_run(pipe, "row", Recorder(every=1, each_call=False))
+    # suspected at step 1, the turn of the layer, and looked into at step 2
+    latents, report, _ = faulty_run(pipe, "mask", Recorder(every=2, limit=0.5, each_call=False))
+    assert of(report) == [(1, (1,), 2, FAR)]
+    latents, report, _ = faulty_run(pipe, "row", Recorder(every=2, each_call=False))
     assert of(report) == [(1, (1,), 2, IDLE)]
     assert latents.isfinite().all()
+
+
+def test_without_memory_for_looking_the_run_goes_on(
+    pipe: Any, stock: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dittools.patches.flight.exact_rows", none)
+    latents, report, _ = faulty_run(pipe, "nothing")
+    torch.testing.assert_close(latents, stock, atol=2e-5, rtol=2e-5)
+    assert {(i.layer, i.reason, i.outcome) for i in report.incidents} == {
+        (0, BLIND, UNREPAIRED),
+        (1, BLIND, UNREPAIRED),
+    }
+    assert report.error is None
 
 
 @pytest.mark.parametrize("each_call", [True, False])

@@ -134,11 +134,12 @@ class Flight:
         now = device.type == "cpu" if settings.each_call is None else settings.each_call
         with self.watch.running(device):
             found = out.detach()
-            is_due = self._is_due(view)
+            is_suspect = view.key in self._suspects
+            is_due = is_suspect or self._is_due(view)
             numbers = {}
             if (view.step + view.layer) % max(1, settings.every // 4) == 0:
                 numbers["size"] = _size(found)
-            if not now and view.key not in self._suspects:
+            if not now and not is_suspect:
                 self._wait_for(view, call, found, watched, numbers, is_due)
                 return out
             self._suspects.discard(view.key)
@@ -168,10 +169,13 @@ class Flight:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        tensors = [t.float() for reading in pending for t in reading.numbers.values()]
-        lines = iter(torch.cat(tensors).tolist())
+        waiting: dict[torch.device, list[torch.Tensor]] = {}
+        for reading in pending:
+            for tensor in reading.numbers.values():
+                waiting.setdefault(tensor.device, []).append(tensor.float())
+        lines = {device: iter(torch.cat(ts).tolist()) for device, ts in waiting.items()}
         for view, watched, numbers in pending:
-            read = {name: list(islice(lines, len(t))) for name, t in numbers.items()}
+            read = {name: list(islice(lines[t.device], len(t))) for name, t in numbers.items()}
             self._late(view, watched, read)
 
     def _late(self, view: View, watched: tuple[int, ...], read: dict[str, list[float]]) -> None:
