@@ -8,8 +8,9 @@ OUT ?= out
 MINUTES ?= 600
 DENSITIES ?= 0.4 0.3 0.2 0.5
 PORT ?= 7860
+TIME ?= 600
 
-.PHONY: help app test-app test-ray demo scoreboard demo-model test test-slow test-gpu test-oracles test-versions matrix lint type fmt check bench bench-gpu bench-latency bench-check soak clean
+.PHONY: help app test-app test-ray demo scoreboard ablation demo-model test test-slow test-gpu test-oracles test-versions test-wheel fuzz matrix lint type fmt check bench bench-gpu bench-latency bench-check soak clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -47,10 +48,10 @@ test-app: $(VENV)/.browser  ## the studio end to end in Chromium, which must be 
 	@$(BIN) -m pytest -m browser
 
 test: $(VENV)/.test  ## the whole CPU suite
-	@$(BIN) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not gpu and not oracle and not browser and not ray"
+	@$(BIN) -m pytest -n $(WORKERS) --dist loadscope -m "not slow and not gpu and not oracle and not browser and not ray and not wheel"
 
 test-slow: $(VENV)/.test  ## tests that take minutes
-	@$(BIN) -m pytest -n $(WORKERS) -m "slow and not gpu and not oracle and not browser and not ray"
+	@$(BIN) -m pytest -n $(WORKERS) -m "slow and not gpu and not oracle and not browser and not ray and not wheel"
 
 test-gpu: $(VENV)/.test  ## the kernel and attach tests on a CUDA device
 	@$(BIN) -m pytest -m gpu
@@ -70,6 +71,18 @@ $(VENV)/.ray: $(VENV)/.test
 
 test-ray: $(VENV)/.ray  ## prompt lists on a local Ray cluster
 	@$(BIN) -m pytest -m ray
+
+test-wheel: $(VENV)/.test  ## build, install into an empty environment, run the README from another folder
+	@$(BIN) -m pytest -p no:xdist -m wheel --durations=5
+
+# the fuzzer has no wheel for every Python; it gets an environment of its own
+.fuzz/.done: $(VENV)/.core
+	@$(PYTHON) -m venv .fuzz
+	@.fuzz/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt atheris -e ".[app]" opencv-python-headless scikit-image
+	@touch $@
+
+fuzz: .fuzz/.done  ## coverage-guided fuzzing of every loader, TIME seconds in all
+	@.fuzz/bin/python bench/fuzz_atheris.py --time $(TIME)
 
 test-versions: $(VENV)/.test  ## attach tests on diffusers 0.36, 0.39 and the newest, one table at the end
 	@$(BIN) bench/versions.py
@@ -116,6 +129,9 @@ scoreboard: $(VENV)/.core  ## every method on the embedded model at matched dens
 		--target-density $$d --work $(OUT)/scoreboard/search --out $(OUT)/scoreboard/$$d/plan.json || exit 1; done
 	@$(BIN) bench/scoreboard.py $(foreach d,$(DENSITIES),--density $(d) --plan $(OUT)/scoreboard/$(d)/plan.json) \
 		--minutes $(MINUTES) --work $(OUT)/scoreboard --out docs
+
+ablation: $(VENV)/.test  ## metered attention part by part on the embedded model, docs/metered.md (an hour)
+	@$(BIN) bench/ablation.py --minutes $(MINUTES) --out docs
 
 demo-model: $(VENV)/.test  ## retrain the embedded model from nothing and print its score
 	@$(BIN) -m dittools.pipelines.demo.train --out $(OUT)/demo-model

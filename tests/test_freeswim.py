@@ -127,7 +127,7 @@ def test_published_numbers_of_window_temperature_cost_and_memory() -> None:
         ({"native": (1, 1)}, "log 1 is 0"),
         ({"attn_temperature": 0.0}, "a number above 0"),
         ({"attn_temperature": float("nan")}, "a number above 0"),
-        ({"attn_temperature": True}, "a number above 0"),
+        ({"attn_temperature": True}, "a number or nothing"),
     ],
 )
 def test_unusable_parameters_are_one_clear_error(params: dict[str, Any], text: str) -> None:

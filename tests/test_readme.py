@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from readme import TEXT, fenced, quick
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-
-
-def _fenced(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def test_every_python_snippet_runs_in_order(
@@ -20,11 +16,10 @@ def test_every_python_snippet_runs_in_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    snippets = _fenced("python")
+    snippets = fenced("python")
     assert len(snippets) >= 3
     for snippet in snippets:
-        fast = snippet.replace('"num_inference_steps": 12', '"num_inference_steps": 3')
-        exec(compile(fast, "README.md", "exec"), names)
+        exec(compile(quick(snippet), "README.md", "exec"), names)
     assert (tmp_path / "plan.json").exists()
 
 
@@ -35,7 +30,7 @@ def test_every_command_is_a_command() -> None:
     known |= {group.name for group in app.registered_groups}
     used = [
         line.split()[1]
-        for block in _fenced("sh")
+        for block in fenced("sh")
         for line in block.splitlines()
         if line.startswith("dittools ")
     ]

@@ -124,17 +124,24 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
 
 
+_KINDS = {int: "whole number", float: "number", str: "word"}
+_COUNTS = {2: "two", 3: "three", 4: "four"}
+
+
 def _words(kind: Any) -> str:
     """Describe an annotated type."""
     inner = get_args(kind)
     if get_origin(kind) is tuple:
-        count = "" if inner[1:] == (...,) else f"{len(inner)} of "
-        return f"a list of {count}{_words(inner[0])}"
+        each = f"{_KINDS[inner[0]]}s" if inner[0] in _KINDS else f"entries, {_words(inner[0])} each"
+        count = "a list of" if inner[1:] == (...,) else _COUNTS.get(len(inner), str(len(inner)))
+        return f"{count} {each}"
     if inner:
         return " or ".join(_words(each) for each in inner)
-    names = {int: "a whole number", float: "a number", str: "a word", type(None): "nothing"}
-    names[bool] = "true or false"
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    if kind in _KINDS:
+        return f"a {_KINDS[kind]}"
+    return {bool: "true or false", type(None): "nothing"}.get(
+        kind, getattr(kind, "__name__", str(kind))
+    )
 
 
 def _check_limits(method: Any, item: Field[Any], kind: Any, value: Any) -> None:

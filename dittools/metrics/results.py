@@ -143,6 +143,8 @@ def checked(found: Any, path: Path) -> dict[str, Any]:
     if any(names != parts[0] for names in parts):
         raise InputError(f"{path} is incomplete", expected="the same parts in every case")
     for case in found["cases"]:
+        if not case["clip"]:  # nothing to show
+            continue
         try:
             within(path.parent, case["clip"])
         except ValueError as error:

@@ -1,0 +1,16 @@
+"""The README's snippets, for the tests that run them here and from an installed wheel."""
+
+import re
+from pathlib import Path
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def fenced(language: str) -> list[str]:
+    """Return the code blocks of one language, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def quick(snippet: str) -> str:
+    """Return a snippet with the steps of its generations cut down."""
+    return snippet.replace('"num_inference_steps": 12', '"num_inference_steps": 3')
