@@ -85,7 +85,7 @@ class SVG2:
         out = attend_exactly(laid, backend, mask)
         if out is None:
             return backend.dense(call)
-        return out.gather(1, rows.slot.t()[None, :, :, None].expand_as(call.query))
+        return _rows(out, rows.slot)
 
     def clusters(self, call: AttentionCall) -> tuple[Clusters, Clusters]:
         """Return the clusters of the grid's queries and keys of a call of batch 1.
@@ -223,8 +223,13 @@ def _with_text(clusters: Clusters, grid: TokenGrid) -> tuple[torch.Tensor, torch
 
 def _take(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Return [1, slots, H, D]: the tokens of [1, S, H, D] in each head's own slots."""
+    return _rows(tensor, layout.token)
+
+
+def _rows(tensor: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Return [1, n, H, D]: of every head of [1, S, H, D], the rows at int64 [H, n]."""
     heads, width = tensor.shape[2:]
-    rows = tensor[0].reshape(-1, width)  # token * H + head
+    rows = tensor[0].reshape(-1, width)  # place * H + head
     head = torch.arange(heads, device=tensor.device)
-    at = layout.token.t() * heads + head
+    at = place.t() * heads + head
     return rows.index_select(0, at.flatten()).view(1, -1, heads, width)
