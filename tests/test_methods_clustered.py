@@ -3,6 +3,7 @@
 import copy
 import warnings
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import pytest
@@ -261,9 +262,18 @@ def test_dropped_and_biased_keys_weigh_as_the_call_says() -> None:
 
 
 @pytest.mark.parametrize("score", ["error", "weight", "mass"])
-@pytest.mark.parametrize("budget", [{"density": 0.3}, {"mass": 0.6, "least_budget": 0.2}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"density": 0.3},
+        {"density": 0.3, "probes": 20},
+        {"mass": 0.6, "least_budget": 0.2},
+        {"mass": 0.1, "least_budget": 0.4},
+    ],
+    ids=str,
+)
 def test_exact_groups_fill_the_budget_and_pass_it_by_one_group_at_most(
-    score: str, budget: dict[str, float]
+    score: str, budget: dict[str, Any]
 ) -> None:
     call = random_call(TokenGrid(4, 8, 9))
     method = Clustered(score=score, least_kept=0.1, **{**SMALL, **budget})
@@ -275,16 +285,17 @@ def test_exact_groups_fill_the_budget_and_pass_it_by_one_group_at_most(
     order = chance.argsort(-1, descending=True)
     count = kept.shape[2]
     assert bool(kept.gather(-1, order[..., : max(1, int(0.1 * count))]).all())
-    allowed = torch.full_like(spent, int(0.3 * 288))
+    allowed = torch.full_like(spent, ceil(0.3 * 288) - budget.get("probes", 0))
     if "mass" in budget:
         before = chance.gather(-1, order).cumsum(-1) - chance.gather(-1, order)
-        wanted = before <= 0.6
-        wanted[..., : int(0.2 * count)] = True
+        wanted = before <= budget["mass"]
+        wanted[..., : int(budget["least_budget"] * count)] = True
         allowed = (sizes.gather(-1, order) * wanted).sum(-1)
     assert bool((spent >= allowed).all())
     assert bool((spent - sizes.masked_fill(~kept, 0).amax(-1) < allowed).all())
     assert not bool(kept.all())
     if score == "mass":  # the choice of SVG2, no group but the heaviest
+        assert torch.equal(spent, allowed) or "density" in budget
         place = order.argsort(-1)
         assert bool((place.masked_fill(~kept, -1).amax(-1) + 1 == kept.sum(-1)).all())
 
@@ -439,7 +450,8 @@ def test_probes_of_groups_stand_nearest_the_means_of_the_largest() -> None:
 
 
 def mended(call: AttentionCall, out: torch.Tensor, **how: Any) -> torch.Tensor:
-    given: dict[str, Any] = {"probes": 24, "ridge": 0.1, "rank": 4, "gated": True, **how}
+    given: dict[str, Any] = {"probes": 24, "ridge": 0.1, "rank": 4, "gated": True, "of_query": True}
+    given.update(how)
     out = out.clone()
     mend(call, BACKEND, out, given.pop("groups", None), **given)
     return out
@@ -625,6 +637,7 @@ def test_combinations_are_the_published_numbers() -> None:
     mend = build("sparse_pr")
     assert isinstance(mend, Clustered)
     assert (mend.density, mend.probes, mend.rank, mend.first_rounds) == (0.22, 64, 16, 25)
+    assert (mend.learn, mend.gated, mend.probe_choice) == ("output", False, "groups")
     assert (mend.partition, mend.score, mend.skipped) == ("response", "error", "drop")
     assert mend.ridge * mend.probes == pytest.approx(0.1)
     wan = preset("svoo", "Wan2.1")

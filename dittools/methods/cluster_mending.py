@@ -24,6 +24,7 @@ def mend(
     ridge: float,
     rank: int,
     gated: bool,
+    of_query: bool,
 ) -> None:
     """Take the error that probe rows show off all of the grid's rows of [1, S, H, D], in place.
 
@@ -36,6 +37,7 @@ def mend(
         groups: rows stand nearest the means of the largest of them; None draws them.
         probes: rows.
         ridge, rank, gated: as `fit_repair` takes them.
+        of_query: whether it learns from queries too.
     """
     grid = call.grid
     weight = None
@@ -46,9 +48,10 @@ def mend(
         rows, weight = group_rows(call, groups, probes)
     rows = rows + grid.text_before
     where = rows.t()[None, :, :, None].expand(-1, -1, -1, out.shape[3])
+    query = gather_heads(call.query[0], rows).transpose(0, 1)[None]
     exact = backend.dense(
         AttentionCall(
-            gather_heads(call.query[0], rows).transpose(0, 1)[None],
+            query,
             call.key,
             call.value,
             TokenGrid(1, 1, rows.shape[1]),
@@ -61,11 +64,19 @@ def mend(
     good = (found.isfinite() & exact.isfinite()).all(3).all(1).all(0)
     if not bool(good.all()):
         _without(call, backend, out, ~good)
-        found, exact = (torch.where(good[:, None], x, 0.0) for x in (found, exact))
+        found, exact, query = (torch.where(good[:, None], x, 0.0) for x in (found, exact, query))
     if rows.shape[1] >= FEWEST:
-        fit = fit_repair(found, exact, ridge=ridge, rank=rank, gated=gated, weight=weight)
+        fit = fit_repair(
+            found,
+            exact,
+            query=query if of_query else None,
+            ridge=ridge,
+            rank=rank,
+            gated=gated,
+            weight=weight,
+        )
         span = slice(grid.text_before, grid.text_before + grid.tokens)
-        fit.apply(out, span, good)
+        fit.apply(out, span, good, call.query if of_query else None)
     placed = torch.where(good[:, None], exact.to(out.dtype), out.gather(1, where))
     out.scatter_(1, where, placed)
 

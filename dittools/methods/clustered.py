@@ -17,6 +17,7 @@ a profile by step; a repair may be gated by rows held out, which SparsePR's is n
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
@@ -100,6 +101,11 @@ class Clustered:
         choices=("random", "groups"),
     )
     gated: bool = param(True, "whether rows held out decide how much is mended")
+    learn: str = param(
+        "query",
+        "what foretells the error of a row: its sparse output, or its query too",
+        choices=("output", "query"),
+    )
     ridge: float = param(RIDGE, "the penalty of the repair, per row", above=0.0)
     rank: int = param(0, "the directions of the error that are repaired; 0 for all", least=0)
     first_rounds: int = param(50, "the rounds where no means are known", least=1)
@@ -167,6 +173,7 @@ class Clustered:
                 ridge=self.ridge,
                 rank=self.rank,
                 gated=self.gated,
+                of_query=self.learn == "query",
             )
         return out
 
@@ -255,8 +262,8 @@ class Clustered:
             budget = (sizes.gather(-1, heaviest) * wanted).sum(-1, keepdim=True)
         else:
             tokens = call.grid.tokens
-            least = max(1.0, self.density * tokens - self.probes)
-            budget = torch.full_like(chance[..., :1], least)
+            least = max(1, ceil(self.density * tokens - self.probes - 1e-9))
+            budget = torch.full_like(chance[..., :1], float(least))
         worth = chance if self.score == "mass" else self._worth(call, groups, tiles)
         first = torch.zeros_like(worth, dtype=torch.bool)
         first.scatter_(-1, heaviest, always.expand_as(chance))

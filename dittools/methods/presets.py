@@ -46,6 +46,7 @@ COMBINATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "skipped": "drop",
             "probe_choice": "groups",
             "gated": False,
+            "learn": "output",
             "ridge": 0.1 / 64,  # of 64 rows
             "rank": 16,
             "first_rounds": 25,
