@@ -169,6 +169,17 @@ def test_a_head_in_trouble_is_mended_and_stays_dense(
     assert reason in str(report)
 
 
+@pytest.mark.parametrize("mode", ["skip", ("skip", "stripe")])
+def test_heads_that_the_plan_leaves_out_stay_out(pipe: Any, mode: Any) -> None:
+    method = build("sparse_vdit", {"mode": mode, "density": 0.4, "block_size": 8})
+    with attach(pipe, method, recorder=Recorder(every=1), backend="cpu") as handle:
+        generate(pipe, "wan")
+        report = handle.report()
+    assert not report.incidents
+    assert HELD not in report.fallbacks
+    assert report.density < 0.4
+
+
 def test_a_jump_in_size_is_looked_into_at_once(pipe: Any, stock: torch.Tensor) -> None:
     method = Faulty("scale", step=3)  # the turn of the layer was step 0
     for drift, heads in ((4.0, [(1,)]), (1e6, [])):

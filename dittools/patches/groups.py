@@ -173,7 +173,7 @@ class _Work:
             return out
         flight, view = self.flight, self.view
         held = set(flight.held(view))
-        ours = [heads for heads, method, _ in groups if method is not None]
+        ours = [_not_skipped(*group) for group in groups]
         if self.call.shard is None:  # a group that is held as a whole is dense already
             ours = [heads for heads in ours if not held.issuperset(heads)]
         run = {head for heads in ours for head in heads}
@@ -191,6 +191,19 @@ class _Work:
             free(error, out.device)
             flight.blind(view, watched)
             return out
+
+
+def _not_skipped(
+    heads: tuple[int, ...], method: Method | None, part: AttentionCall
+) -> tuple[int, ...]:
+    """Return the heads that a method computes; what the plan leaves out is zero on purpose."""
+    mode = getattr(method, "mode", "")
+    if method is None or mode == "skip":
+        return ()
+    if isinstance(mode, tuple):
+        places = zip(heads, part.places, strict=True)
+        return tuple(head for head, place in places if mode[place] != "skip")
+    return heads
 
 
 def _groups(
