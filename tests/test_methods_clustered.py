@@ -19,7 +19,7 @@ from dittools.methods import build, preset
 from dittools.methods.cluster_layout import Groups, group_means, key_tiles, laid_out
 from dittools.methods.cluster_mending import group_rows, mend
 from dittools.methods.clustered import Clustered
-from dittools.methods.kmeans import drawn_tokens
+from dittools.methods.kmeans import cluster_sums, drawn_tokens
 from dittools.methods.mass_profile import floors, mass_density
 from dittools.methods.partition import (
     Effort,
@@ -361,6 +361,20 @@ def test_profile_rounds_are_those_of_the_paper() -> None:
                 sides[side] = (points, torch.stack(moved))
         assert torch.equal(found[0][head], labels[0])
         assert torch.equal(found[1][head], labels[1])
+
+
+def test_profiles_are_sought_in_a_sample_first() -> None:
+    query, key = torch.randn(2, 300, 16), torch.randn(2, 300, 16)
+    some = [drawn_tokens(x, n * 10, 3) for x, n in ((query, 9), (key, 20))]
+    start = (drawn_tokens(query, 9, 3), drawn_tokens(key, 20, 3))
+    labels = profile_labels(some[0], some[1], (9, 20), start, Effort(9, 4, 0, 3))
+    means = []
+    for points, own, old in zip(some, labels, start, strict=True):
+        sums, sizes = cluster_sums(points, own, old.shape[1])
+        means.append(torch.where(sizes[..., None] > 0, sums / sizes[..., None], old))
+    wanted = profile_labels(query, key, (9, 20), (means[0], means[1]), Effort(6, 2, 10, 3))
+    found = profile_labels(query, key, (9, 20), None, Effort(6, 2, 10, 3))
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
 
 
 def test_a_metric_factor_gives_the_distances_of_the_responses() -> None:

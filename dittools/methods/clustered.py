@@ -212,8 +212,8 @@ class Clustered:
             found: torch.Tensor = state["means"][side]
             return found
         grid = call.grid
-        points = part[0, grid.text_before : grid.text_before + grid.tokens].transpose(0, 1)
-        return drawn_tokens(points, self._counts(call)[side], self.seed)
+        points = part[0, grid.text_before : grid.text_before + grid.tokens]
+        return drawn_tokens(points.transpose(0, 1), self._counts(call)[side], self.seed)
 
     def _is_due(self, call: AttentionCall, last: int) -> bool:
         settling = call.steps > 0 and call.step < self.settle * call.steps

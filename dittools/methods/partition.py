@@ -133,15 +133,31 @@ def profile_labels(
     theirs, then queries against the new key means; so many rounds. Arguments as for
     `kmeans_labels`.
     """
-    means = [drawn_tokens(x, n, by.seed) for x, n in zip((query, key), counts, strict=True)]
-    if start is not None:
-        means = list(start)
-    for _ in range(by.later if start is not None else by.first):
-        keys = nearest_profile(key, means[1], means[0])
-        means[1] = _moved(key, keys, means[1])
-        queries = nearest_profile(query, means[0], means[1])
-        means[0] = _moved(query, queries, means[0])
-    return queries, keys
+    before = by.first - by.later
+    if start is None:
+        start = _drawn(query, key, counts, by.seed)
+        some = (counts[0] * by.sample, counts[1] * by.sample)
+        if before < 1 or not 0 < max(some) < query.shape[1]:
+            return _profile_rounds(query, key, start, by.first)[:2]
+        start = _profile_rounds(*_drawn(query, key, some, by.seed), start, before)[2]
+    return _profile_rounds(query, key, start, by.later)[:2]
+
+
+def _drawn(query: torch.Tensor, key: torch.Tensor, counts: tuple[int, int], seed: int) -> Means:
+    return drawn_tokens(query, counts[0], seed), drawn_tokens(key, counts[1], seed)
+
+
+def _profile_rounds(
+    query: torch.Tensor, key: torch.Tensor, means: Means, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor, Means]:
+    """Return the labels of queries and of keys after so many rounds, and the means."""
+    centre, other = means
+    for _ in range(rounds):
+        keys = nearest_profile(key, other, centre)
+        other = _moved(key, keys, other)
+        queries = nearest_profile(query, centre, other)
+        centre = _moved(query, queries, centre)
+    return queries, keys, (centre, other)
 
 
 def nearest_profile(

@@ -308,20 +308,24 @@ def _svg2(name: str, grid: TokenGrid) -> list[Ladder]:
 
 
 def _clustered(name: str, grid: TokenGrid) -> list[Ladder]:
-    """Groups as large as the blocks of other methods."""
+    """Groups as large as the blocks of other methods: of alike response, or of equal size."""
     block = block_for(grid)
 
-    def make(density: float) -> Method:
-        given = {
-            "density": round(density, 4),
-            "least_queries": block,
-            "least_keys": max(block // 2, 1),
-            "block_size": block,
-            "key_block": max(block // 2, 8),
-        }
-        return build(name, given)
+    def ladder(partition: str, label: str) -> Ladder:
+        def make(density: float) -> Method:
+            given = {
+                "partition": partition,
+                "density": round(density, 4),
+                "least_queries": block,
+                "least_keys": max(block // 2, 8),
+                "block_size": block,
+                "key_block": max(block // 2, 8),
+            }
+            return build(name, given)
 
-    return [Ladder(name, "", make, few=True)]
+        return Ladder(name, label, make, few=True)
+
+    return [ladder("profile", "alike in response"), ladder("split", "of equal size")]
 
 
 def _by_density(name: str, grid: TokenGrid) -> list[Ladder]:
