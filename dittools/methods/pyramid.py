@@ -74,10 +74,9 @@ def _pyramid(
     wide = torch.promote_types(call.key.dtype, torch.float32)
     made = [x.new_empty((1, own + pooled // 8 * 7, *x.shape[2:])) for x in (call.key, call.value)]
     pad = torch.nn.functional.pad
-    sums = [
-        pad(order.apply(x)[0, :slots].to(wide), (0, 0, 0, 0, 0, padding))
-        for x in (call.key, call.value)
-    ]
+    sums = [order.apply(x)[0, :slots].to(wide) for x in (call.key, call.value)]
+    if padding:
+        sums = [pad(x, (0, 0, 0, 0, 0, padding)) for x in sums]
     made[0][:, :own], made[1][:, :own] = call.key, call.value
     count = pad((order.index[0, :slots] >= 0).float(), (0, padding))
     biases = [_own_bias(call)]
@@ -116,12 +115,13 @@ def level_mask(
     shared = keys < 8 * width  # some levels pool below a launch block
     q_blocks, pooled = order.slots // size, columns * keys + -columns * keys % (8 * width)
     real = order.index[0] >= 0
+    stands = real[: columns * keys].float()
     parts, cuts, first = [], [], 0
     seen = torch.full((heads, blocks), float(grid.text), device=levels.device)
     for factor in FACTORS:
         kept, each = levels == factor, keys // factor
-        filled = real[: columns * keys].view(columns, each, factor).any(2).sum(1)
-        seen += kept.float() @ filled.float()
+        filled = stands.view(columns, each, factor).amax(2).sum(1)
+        seen += kept.float() @ filled
         shown = order.slots if factor == 1 else pooled // factor
         part = kept.new_zeros((heads, q_blocks, shown // width))
         if shared:
