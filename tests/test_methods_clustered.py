@@ -558,12 +558,13 @@ def test_groups_last_as_long_as_they_should_and_means_are_fresh(
         found.clear()
 
 
-def test_the_same_step_again_and_another_run_give_the_same_groups() -> None:
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_same_step_again_and_another_run_give_the_same_groups(every: int) -> None:
     call = random_call(TokenGrid(4, 8, 9))
-    method = Clustered(density=0.3, **SMALL)
+    method = Clustered(density=0.3, every=every, **SMALL)
     first = method.attend(call, BACKEND)
     assert torch.equal(method.attend(call, BACKEND), first)
-    later = method.attend(replace(call, step=1), BACKEND)
+    later = method.attend(replace(call, step=every), BACKEND)
     assert not torch.equal(later, first)
     assert torch.equal(method.attend(call, BACKEND), first)
 

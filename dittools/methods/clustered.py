@@ -13,7 +13,8 @@ publications, which are settings of this method (`preset`, `build`):
 Differences: shorter sequences get fewer groups; batches work; text is exact both ways; means are
 those of the current keys and values even where groups are of an earlier step; SVOO starts from the
 means of the last step, and its floors are given (`mass_density` measures them) instead of read from
-a profile by step; a repair may be gated by rows held out, which SparsePR's is not.
+a profile by step; SparsePR's probe rows stand nearest to means of queries, not of their responses;
+of SparsePR's density the text counts for nothing; ClusterAttention samples members evenly.
 """
 
 from dataclasses import dataclass
@@ -25,13 +26,7 @@ import torch
 from dittools.call import AttentionCall
 from dittools.kernels import Backend
 from dittools.methods.base import attend_exactly, attend_per_item, bad_param, check_params, param
-from dittools.methods.cluster_layout import (
-    Groups,
-    KeyTiles,
-    group_means,
-    key_tiles,
-    laid_out,
-)
+from dittools.methods.cluster_layout import Groups, KeyTiles, group_means, key_tiles, laid_out
 from dittools.methods.cluster_mending import mend
 from dittools.methods.error_score import group_error
 from dittools.methods.kmeans import drawn_tokens
@@ -110,7 +105,7 @@ class Clustered:
     rank: int = param(0, "the directions of the error that are repaired; 0 for all", least=0)
     first_rounds: int = param(50, "the rounds where no means are known", least=1)
     first_sample: int = param(
-        16, "the tokens per group those rounds look at, but for the last ones; 0 for all", least=0
+        16, "the tokens per group they look at, but for the last ones; 0 for all", least=0
     )
     rounds: int = param(2, "the rounds from the means of an earlier step", least=1)
     every: int = param(1, "the steps that groups are used for", least=1)
@@ -183,10 +178,11 @@ class Clustered:
         Means are always those of the call's own queries, keys and values.
         """
         state: dict[str, Any] = call.memory.setdefault(self._key(call), {})
-        if state and call.step <= state["step"] and "labels" not in state:
+        last = state.get("step", -1)
+        if call.step < last or (call.step == last and "labels" not in state):
             state.clear()  # the same step again, or another run: the same groups again
         labels, counts = state.get("labels"), self._counts(call)
-        if labels is None or self._is_due(call, state["step"]):
+        if labels is None or self._is_due(call, last):
             labels = self._labels(call, state.get("means"))
             state["step"] = call.step
             if self.every > 1:
@@ -209,11 +205,10 @@ class Clustered:
     ) -> torch.Tensor:
         """Return [H, groups, D]: where an empty group stays."""
         if "means" in state:
-            found: torch.Tensor = state["means"][side]
-            return found
-        grid = call.grid
-        points = part[0, grid.text_before : grid.text_before + grid.tokens]
-        return drawn_tokens(points.transpose(0, 1), self._counts(call)[side], self.seed)
+            return state["means"][side]  # type: ignore[no-any-return]
+        first = call.grid.text_before
+        points = part[0, first : first + call.grid.tokens].transpose(0, 1)
+        return drawn_tokens(points, self._counts(call)[side], self.seed)
 
     def _is_due(self, call: AttentionCall, last: int) -> bool:
         settling = call.steps > 0 and call.step < self.settle * call.steps
