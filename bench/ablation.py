@@ -151,8 +151,9 @@ def clips(
     judge: Judge, share: float, prompts: int, show: Callable[[dict[str, Any]], None]
 ) -> list[dict[str, Any]]:
     """Return the lines of one executed share, parts and published combinations."""
-    ladders = [(n, "part", part_ladder(extra)) for n, extra in PARTS.items()]
-    ladders += [(n, "combination", ladder) for n, ladder in COMBINATIONS.items()]
+    parts = [(n, "part", part_ladder(extra)) for n, extra in PARTS.items()]
+    others = [(n, "combination", ladder) for n, ladder in COMBINATIONS.items()]
+    ladders = [parts[0], *others, *parts[1:]]  # what matters most first, should time run out
     lines = []
     for name, kind, ladder in ladders:
 

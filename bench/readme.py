@@ -23,6 +23,7 @@ from dittools.pipelines.report_html import HEADINGS, rows, summary
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
+FLOORS = ("random", "dense, another seed")
 
 
 def table(headings: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
@@ -134,6 +135,46 @@ def freeswim() -> str:
     return table(("", "192 x 192 pixels but for the first", "one object", "objects, mean"), body)
 
 
+def metered() -> str:
+    """Metered attention beside what comes nearest to it, where other rows executed no more."""
+    found, boards = _load("metered.json")["clips"], _load("scoreboard.json")["densities"]
+    body = []
+    for share, lines in found.items():
+        board = [
+            {**row, "name": row["name"] + (f" ({row['detail']})" if row["detail"] else "")}
+            for row in boards.get(share, [])
+            if row["kind"] == "method" and row["computed"] <= float(share) + 0.03
+        ]
+        fair = [r for r in board if abs(r["density"] - float(share)) <= 0.03]
+        fair = sorted(fair, key=lambda r: -r["psnr_db"])[:2]
+        joined = [r for r in lines if r["kind"] == "combination"]
+        joined = sorted(joined, key=lambda r: -r["psnr_db"])[:2]
+        floors = [
+            r for r in boards.get(share, []) if r["name"] in ("random", "dense, another seed")
+        ]
+        for row in [lines[0], *joined, *fair, *floors]:
+            numbers = (f"{row['psnr_db']:.1f}", f"{row['ssim']:.3f}", f"{row['prompt']:.0%}")
+            executed = f"{row['computed']:.2f}"
+            body.append((row["name"], executed, *numbers, str(row["prompts"])))
+    head = ("", "executed share", "PSNR to dense, dB", "SSIM", "prompt score", "prompts")
+    return table(head, body)
+
+
+def robust() -> str:
+    """What long and hostile runs gave."""
+    fuzz, soak = _load("fuzz.json"), _load("soak.json")
+    long, side = soak["long"], soak["side_by_side"]
+    files, threads = (long[name][1] - long[name][0] for name in ("files", "threads"))
+    return (
+        f"{fuzz['plans']:,} damaged plans: {fuzz['escapes']} escapes, {fuzz['accepted']:,} still "
+        f"plans, the others one readable error each. {long['runs']} generations in one process "
+        f"with attach, detach and changing sizes: {long['mb_per_run']:.3f} MB per run, {files} "
+        f"files and {threads} threads left open, {long['differing']} clips differ from the first "
+        f"of their kind. {' and '.join(side['pipelines'])} in two threads, {side['runs_each']} "
+        f"runs each: {side['differing']} differ."
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "larger": larger,
@@ -141,6 +182,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": families,
     "matrix": matrix,
     "scoreboard": scoreboard,
+    "metered": metered,
+    "robust": robust,
     "freeswim": freeswim,
     "kernels": kernels,
     "score": score,
