@@ -87,7 +87,7 @@ def case(clip: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("clip", ["../secret.mp4", "/etc/passwd", "out/secret.mp4", "C:\\x", ""])
+@pytest.mark.parametrize("clip", ["../secret.mp4", "/etc/passwd", "out/secret.mp4", "C:\\x"])
 def test_results_cannot_name_clips_elsewhere(tmp_path: Path, clip: str) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -251,13 +251,19 @@ class Flight:
         seed = zlib.crc32(f"{view.key} {view.step} {again}".encode())
         rows = probe_rows(call.query.shape[1], count, seed).to(found.device)
         with torch.no_grad():
-            return squared_error(found.index_select(1, rows), exact_rows(call, rows))
+            some, exact = found.index_select(1, rows), exact_rows(call, rows)
+            if call.key_mask is not None:  # nobody reads the rows of padded tokens
+                real = call.key_mask.index_select(1, rows)[..., None, None]
+                some, exact = some * real, exact * real
+            return squared_error(some, exact)
 
     def _idle(
         self, view: View, call: AttentionCall, found: torch.Tensor, places: list[int]
     ) -> dict[int, tuple[str, float | None]]:
         """Find heads with rows of zeros that would not be so in dense attention."""
         zero = _zero_rows(found)
+        if call.key_mask is not None:  # nobody reads the rows of padded tokens
+            zero &= call.key_mask[..., None]
         bad: dict[int, tuple[str, float | None]] = {}
         for i in zero.any(1).any(0).nonzero().flatten().tolist():
             name = (view.site, view.heads[i], IDLE)
