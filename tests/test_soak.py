@@ -46,7 +46,7 @@ def test_repeated_runs_give_the_first_results_and_leak_nothing(soak_script: Modu
     assert found["differing"] == 0
     assert found["files"][1] <= found["files"][0]
     assert found["threads"][1] <= found["threads"][0]
-    assert alive[24] == alive[12] > 0
+    assert 0 < alive[24] <= alive[12]  # what other tests left may go meanwhile
 
 
 def tensor_bytes() -> int:
