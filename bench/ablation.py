@@ -214,7 +214,7 @@ def heads(judge: Judge, board: Path) -> dict[str, Any]:
             ladders[name] = next((x for x in found if x.label == labels.get(name)), found[0])
         chosen[f"{share:g}"] = {
             name: ladder.make(share)
-            if name in ("random", "oracle")
+            if name in OTHERS
             else matched(judge, ladder, share, 0.0)
             for name, ladder in ladders.items()
         }

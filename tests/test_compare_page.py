@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dittools import cli
-from dittools.commands.compare_page import compare_page, heat_map, parts_plot
+from dittools.commands.compare_page import compare_page, heat_map, parts_plot, scatter
 from dittools.errors import InputError
 from dittools.metrics import vote
 from dittools.metrics.fidelity import compare
@@ -197,6 +197,15 @@ def test_bars_are_as_long_as_the_times() -> None:
 # -- blind votes
 
 PAIRS = [(f"pair {i}", f"fast{i}.mp4", f"other{i}.mp4", f"dense{i}.mp4") for i in range(20)]
+
+
+@pytest.mark.parametrize("speed", [0.9, 12.0, 1e6, 1e300])
+def test_any_speed_has_a_place_on_the_plot_and_few_ticks(speed: float) -> None:
+    fidelity = {"psnr_db": 30.0}
+    drawn = scatter([(Path("r.json"), {"cases": [case("fast", 10, speed, fidelity)]})])
+    assert 1 <= len(re.findall(r">\d+x<", drawn)) <= 12
+    (place,) = re.findall(r'<circle cx="([\d.]+)"', drawn)
+    assert 48 <= float(place) <= 640 - 90 + 48
 
 
 def test_trials_are_shuffled_balanced_and_repeatable() -> None:
