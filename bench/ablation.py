@@ -213,9 +213,7 @@ def heads(judge: Judge, board: Path) -> dict[str, Any]:
             found = ladders_for(name, DEMO_GRID)
             ladders[name] = next((x for x in found if x.label == labels.get(name)), found[0])
         chosen[f"{share:g}"] = {
-            name: ladder.make(share)
-            if name in OTHERS
-            else matched(judge, ladder, share, 0.0)
+            name: ladder.make(share) if name in OTHERS else matched(judge, ladder, share, 0.0)
             for name, ladder in ladders.items()
         }
     return errors_of_heads(judge.pipe, settings_of(1)[0], chosen)

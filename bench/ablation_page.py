@@ -147,7 +147,8 @@ def _heads(share: str, lines: dict[str, Any]) -> list[str]:
         "",
         "Relative error of the output against dense attention on the same query, key and value, "
         "over all steps and branches of one clip that runs dense throughout: all heads together, "
-        "the median head, and the heads that `metered` leaves further off than the row does.",
+        "the median head, and the heads that `metered` leaves further off than the row does. Other "
+        "methods than combinations are set to the density; what they execute stands beside them.",
         "",
         "| | error | median head | executed | heads where it beats metered |",
         "| --- | --- | --- | --- | --- |",

@@ -71,8 +71,12 @@ def _line(dtype: torch.dtype, size: int) -> dict[str, Any]:
         score = method.scores(call, order, runs)
         return block_mask(keep_share(score, DENSITY, True), GRID, order, size, True)
 
+    asked = call.query.index_select(1, rows)
+    earlier = fit_repair(found, exact, query=asked, rank=0).rows.before(None, len(rows))
+
     def mended() -> None:
-        fit_repair(found, exact, rank=0).apply(out, slice(0, GRID.tokens))
+        fit = fit_repair(found, exact, query=asked, earlier=earlier, rank=0)
+        fit.apply(out, slice(0, GRID.tokens), query=call.query)
 
     with_tail = share(lambda: backend.block_sparse(made, tail, return_lse=True))
     alone = share(lambda: backend.block_sparse(call, own, return_lse=True))
