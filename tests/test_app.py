@@ -131,7 +131,7 @@ def test_stop_stops_the_run_and_the_next_one_works(browser: Any, address: str, r
     [
         ('{"format": "dittools-plan", "version": 1, "rules": [', "damaged or cut short"),
         ('{"format": "dittools-plan", "version": 1, "rules": [], "x": 1}', "unknown keys"),
-        ("[" * 60_000, "nested too deeply"),
+        ("[" * 60_000, "nested deeper"),
     ],
 )
 def test_a_broken_plan_is_refused_in_plain_words(
