@@ -37,6 +37,7 @@ PARTITIONS = {
 KEY_RANK, QUERY_RANK = 48, 64  # directions SparsePR keeps of each metric
 METRIC_ROWS = 2048  # queries its key metric is estimated from
 SPLIT_SAMPLE = 128  # members ClusterAttention looks at to choose an axis
+_PLAIN, _FAR = 24, 120  # exponents whose products of four fit float32; exponents a unit may have
 
 
 class Effort(NamedTuple):
@@ -93,6 +94,10 @@ def response_labels(
 
     Arguments as for `kmeans_labels`.
     """
+    units = _unit(query), _unit(key)
+    query, key = query * units[0], key * units[1]
+    if start is not None:
+        start = start[0] * units[0], start[1] * units[1]
     tokens = query.shape[1]
     rows = torch.linspace(0, tokens - 1, min(METRIC_ROWS, tokens), device=query.device)
     seen = query.index_select(1, rows.round().long())
@@ -108,6 +113,16 @@ def response_labels(
     factor = metric_factor(metric, QUERY_RANK)
     known = None if start is None else _even_rows(start[0] @ factor)
     return _kmeans(_even_rows(query @ factor), counts[0], known, by).labels, keys
+
+
+def _unit(points: torch.Tensor) -> torch.Tensor:
+    """Return a power of two [H, 1, 1] that brings numbers whose squares do not fit within reach.
+
+    Most numbers stay as they are; no product below depends on the unit.
+    """
+    exponent = torch.frexp(points.abs().amax((1, 2), keepdim=True)).exponent
+    exponent = torch.where(exponent.abs() > _PLAIN, exponent, 0).clamp(-_FAR, _FAR)
+    return torch.ldexp(torch.ones_like(points[:, :1, :1]), -exponent)
 
 
 def metric_factor(metric: torch.Tensor, rank: int) -> torch.Tensor:
@@ -194,6 +209,7 @@ def split_labels(
         sizes: queries per group, keys per group.
     """
     tokens = key.shape[1]
+    query, key = query * _unit(query), key * _unit(key)
     keys = key - key.mean(1, keepdim=True)
     moments = [x.transpose(1, 2) @ x / tokens for x in (query, keys)]
     (values, axes), (key_values, key_axes) = (torch.linalg.eigh(m) for m in moments)
