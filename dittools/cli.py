@@ -266,6 +266,7 @@ def studio(
 
 
 def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool) -> None:
+    from dittools.pipelines.report_attention import trouble
     from dittools.pipelines.report_html import HEADINGS, rows, summary
 
     if compared:
@@ -274,8 +275,8 @@ def _print_result(report: dict[str, Any], files: dict[str, Path], compared: bool
             table.add_row(*row)
         console.print(table)
         console.print(summary(report), markup=False, highlight=False)
-        for reason, count in report["accelerated"]["report"]["fallbacks"].items():
-            console.print(f"ran dense, {count} calls: {reason}", markup=False, highlight=False)
+        for name, text in trouble(report["accelerated"]["report"]):
+            console.print(f"{name.lower()}: {text}", markup=False, highlight=False)
         error = report["accelerated"]["report"]["error"]
         if error is not None:
             console.print(f"attention error: {error:.3f} of dense", markup=False, highlight=False)

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 import dittools
+from dittools.metrics.fidelity import db_words
 from dittools.pipelines.compare import Comparison, run_comparison
 from dittools.pipelines.generate import Settings
+from dittools.pipelines.report_attention import attention
 from dittools.pipelines.report_html import page, rows
 from dittools.pipelines.session import write_comparison
 
@@ -55,3 +57,63 @@ def test_without_floors_the_report_and_its_page_leave_them_out(pipe: Any, tmp_pa
     assert "another seed" not in page(report, {}).partition("Attention")[0].partition("<svg")[2]
     result = write_comparison(found, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {p.name for p in result.files.values()}
+
+
+INCIDENT = {
+    "layer": 3,
+    "site": "transformer.blocks.3.attn1",
+    "heads": [1, 2],
+    "step": 5,
+    "branch": "cond",
+    "reason": "non-finite <output>",
+    "outcome": "dense for the rest of the run",
+    "error": None,
+}
+
+
+def attached(**more: Any) -> dict[str, Any]:
+    sites = [f"transformer.blocks.{n}.attn1" for n in range(4)]
+    layer = {"sparse": 7, "dense": 1, "density": 0.25}
+    return {
+        "method": "metered",
+        "fallbacks": {"no grid": 9},
+        "fallback_sites": {"no grid": sites},
+        "layers": [
+            {"site": sites[0], **layer, "error": 0.125},
+            {"site": sites[1], **layer, "error": None},
+        ],
+        "errors": {sites[0]: {"0": 0.5, "10": 0.0625}, sites[1]: {"10": 0.03125}},
+        "incidents": [INCIDENT] * 9,
+        "incidents_left_out": 2,
+        **more,
+    }
+
+
+def test_the_page_tells_the_error_by_site_and_step_and_every_incident() -> None:
+    html = attention(attached())
+    assert "<td>transformer.blocks.0.attn1</td><td>7</td><td>1</td><td>0.25</td><td>0.125</td>" in (
+        html
+    )
+    by_step = html.partition("Error by step")[2]
+    assert "<th>site</th><th>0</th><th>10</th>" in by_step  # by number, not as text
+    assert by_step.index("60%") < by_step.index("0.500") < by_step.index("0.062")
+    assert by_step.count("<td></td>") == 1  # the second site was not sampled at step 0
+    named = html.partition("9 calls: no grid (")[2].partition(")")[0]
+    assert named == ", ".join(f"transformer.blocks.{n}.attn1" for n in range(3)) + " ..."
+    assert html.count("heads 1, 2, step 5, branch cond, reason non-finite &lt;output&gt;") == 8
+    assert "<dd>3 more</dd>" in html
+
+
+def test_reports_written_before_there_was_a_recorder_still_show() -> None:
+    old = attached(fallbacks={}, layers=[{"site": "a", "sparse": 1, "dense": 0, "density": 1.0}])
+    for name in ("errors", "incidents", "incidents_left_out"):
+        del old[name]
+    html = attention(old)
+    assert "Error by step" not in html
+    assert "Incident" not in html
+    assert "<td>a</td><td>1</td><td>0</td><td>1</td><td></td>" in html
+
+
+@pytest.mark.parametrize(("psnr_db", "words"), [(120.0, "identical"), (41.26, "41.3 dB")])
+def test_a_psnr_at_its_cap_is_told_as_identical(psnr_db: float, words: str) -> None:
+    assert db_words(psnr_db) == words

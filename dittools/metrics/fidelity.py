@@ -18,6 +18,11 @@ EXACT_PIXELS = 500_000  # of a clip; SSIM of longer ones runs in float32, 15 tim
 MS_SSIM_LEAST_SIDE = 161  # pixels: window 11 on the smallest of five scales
 
 
+def db_words(psnr_db: float) -> str:
+    """Return a PSNR in words: "identical" at the cap, a millionth of the range apart or less."""
+    return "identical" if psnr_db >= PSNR_CAP_DB else f"{psnr_db:.1f} dB"
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """Distance of one clip to another.

@@ -6,6 +6,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dittools.metrics.fidelity import db_words
+from dittools.pipelines.report_attention import attention
+
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -58,7 +61,7 @@ def page(report: dict[str, Any], clips: dict[str, Path]) -> str:
         clips=figures,
         table=_table(report),
         plot=_plot(report),
-        attention=_attention(report["accelerated"]["report"]),
+        attention=attention(report["accelerated"]["report"]),
         facts="".join(
             f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
             for name, value in facts.items()
@@ -75,7 +78,7 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['dense']['seconds']:.2f} s: {report['speedup']:.2f}x end to end at density "
         f"{report['density']:.2f}. Attention is {share:.0%} of the dense run, which bounds any "
         f"gain from sparse attention at {bound:.2f}x. PSNR to dense "
-        f"{report['fidelity']['psnr_db']:.1f} dB, SSIM {report['fidelity']['ssim']:.3f}."
+        f"{db_words(report['fidelity']['psnr_db'])}, SSIM {report['fidelity']['ssim']:.3f}."
     )
 
 
@@ -163,33 +166,3 @@ def _plot(report: dict[str, Any]) -> str:
         place = f'x="{x + 6:.1f}" y="{y + 4:.1f}" font-size="12" fill="{colour}"'
         parts.append(f"<text {place}>{escape(name)}</text>")
     return "".join(parts) + "</svg>"
-
-
-def _attention(attachment: dict[str, Any]) -> str:
-    """Return the attachment's report as a definition list, nested values in words."""
-    items = []
-    for name, value in attachment.items():
-        if value in (None, "", [], {}) or name == "layers":
-            continue
-        if isinstance(value, dict):
-            text = ", ".join(f"{key}: {_short(item)}" for key, item in value.items())
-        elif isinstance(value, list):
-            text = ", ".join(_short(item) for item in value)
-        else:
-            text = _short(value)
-        items.append(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(text)}</dd>")
-    return f"<dl>{''.join(items)}</dl>{_layers(attachment['layers'])}"
-
-
-def _layers(layers: list[dict[str, Any]]) -> str:
-    """Return one row per site."""
-    names = ("site", "sparse", "dense", "density")
-    head = "".join(f"<th>{name}</th>" for name in names)
-    rows = ""
-    for layer in layers:
-        rows += "<tr>" + "".join(f"<td>{escape(_short(layer[n]))}</td>" for n in names) + "</tr>"
-    return f"<table><caption>calls by site</caption><tr>{head}</tr>{rows}</table>"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from dittools.metrics.fidelity import db_words
+from dittools.pipelines.report_attention import trouble
 from dittools.pipelines.report_html import HEADINGS, rows, summary
 from dittools.studio import html
 from dittools.studio.generation import KIND
@@ -120,13 +122,13 @@ def numbers(report: dict[str, Any], floors_pending: bool = False) -> str:
     """Return tiles, table and report text of a comparison."""
     fidelity, floors = report["fidelity"], report["floors"]
     floor = floors.get("random_blocks") or floors.get("other_seed")
-    against = f"floor {floor['psnr_db']:.1f} dB" if floor else "to the dense clip"
+    against = f"floor {db_words(floor['psnr_db'])}" if floor else "to the dense clip"
     ssim = f"floor {floor['ssim']:.3f}" if floor else "to the dense clip"
     dense, fast = report["dense"]["seconds"], report["accelerated"]["seconds"]
     tiles = [
         ("Speed-up", f"{report['speedup']:.2f}x", f"{dense:.2f} s dense, {fast:.2f} s accelerated"),
         ("Density", f"{report['density']:.2f}", "share of query-key pairs kept"),
-        ("PSNR", f"{fidelity['psnr_db']:.1f} dB", against),
+        ("PSNR", db_words(fidelity["psnr_db"]), against),
         ("SSIM", f"{fidelity['ssim']:.3f}", ssim),
     ]
     listed = rows(report)
@@ -151,9 +153,9 @@ def report_text(report: dict[str, Any]) -> str:
         ("Calls", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in calls.items())),
         ("Backend", ", ".join(found["backends"]) or "dense only"),
     ]
-    for reason, count in found["fallbacks"].items():
-        sites = found["fallback_sites"][reason]
-        lines.append(("Ran dense", f"{count} calls: {reason} ({_list(sites[:3])} ...)"))
+    if found.get("error") is not None:
+        lines.append(("Error", f"{found['error']:.3f} of dense attention, by sampled rows"))
+    lines += trouble(found)
     if not found["fallbacks"]:
         lines.append(("Ran dense", "only what the plan's schedule keeps dense"))
     lines += [("Note", note) for note in found["notes"]]
