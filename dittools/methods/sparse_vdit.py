@@ -19,6 +19,7 @@ from dittools.methods.bands import band_mask, stripe_mask
 from dittools.methods.base import attend_masked, bad_param, check_params, param
 
 MODES = ("full", "skip", "diagonal", "multi_diagonal", "stripe")
+_CHUNK = {True: 2**17, False: 2**26}  # elements whose error is taken at a time: on a CPU, elsewhere
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,22 @@ class SparseVDiT:
             return self._attend_modes(call, backend, [self.mode[place] for place in call.places])
         if self.mode != "auto":
             return self._attend_mode(call, backend, self.mode)
-        key = f"sparse_vdit {self} {call.grid} {call.head_count}"
-        if key in call.memory:
-            return self._attend_modes(call, backend, call.memory[key])
-        modes, out = choose_modes(call, backend, self)
-        call.memory[key] = modes
+        modes = call.memory.get(self._key(call))
+        if modes is not None:
+            return self._attend_modes(call, backend, modes)
+        call.memory[self._key(call)], out = choose_modes(call, backend, self)
         return out
+
+    def left_out(self, call: AttentionCall) -> tuple[int, ...]:
+        """Return the heads of a call that are zero on purpose; 'auto' knows once it chose."""
+        modes: Sequence[str] = call.memory.get(self._key(call), ())
+        if self.mode != "auto":
+            per_head = isinstance(self.mode, tuple)
+            modes = [self.mode[at] if per_head else str(self.mode) for at in call.places]
+        return tuple(head for head, mode in enumerate(modes) if mode == "skip")
+
+    def _key(self, call: AttentionCall) -> str:
+        return f"sparse_vdit {self} {call.grid} {call.head_count}"
 
     def _attend_mode(self, call: AttentionCall, backend: Backend, mode: str) -> torch.Tensor:
         if mode == "full":
@@ -127,28 +138,50 @@ def choose_modes(
     losses, outputs = _try_modes(call, backend, method)
     best = losses.argmin(dim=0)
     best[losses.min(dim=0).values > method.threshold] = 0
-    chosen = torch.stack(outputs).gather(
-        0, best.to(call.query.device)[None, None, None, :, None].expand(1, *call.query.shape)
-    )
-    return tuple(MODES[i] for i in best.tolist()), chosen[0]
+    modes = tuple(MODES[place] for place in best.tolist())
+    if len(set(modes)) == 1:
+        return modes, outputs[modes[0]] if modes[0] in outputs else torch.zeros_like(call.query)
+    chosen = torch.zeros_like(call.query)
+    for mode, out in outputs.items():
+        heads = [head for head, one in enumerate(modes) if one == mode]
+        if heads:
+            where = torch.tensor(heads, device=out.device)
+            chosen.index_copy_(2, where, out.index_select(2, where))
+    return modes, chosen
 
 
 def _try_modes(
     call: AttentionCall, backend: Backend, method: SparseVDiT
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    outputs = [backend.dense(call)]
-    norms = call.of_all_heads(outputs[0].double().square().sum(dim=(0, 1, 3)))
-    norm = norms.mean().clamp(min=1e-30)
-    losses = [torch.full((call.head_count,), float("inf"), dtype=torch.float64)]
-    for mode in MODES[1:]:
-        out = method._attend_mode(call, backend, mode)
-        outputs.append(out)
-        error = (out.double() - outputs[0].double()).square().sum(dim=(0, 1, 3)) / norm
-        computed = 0.0 if mode == "skip" else method.mask(call.grid, mode).computed
-        losses.append(error.cpu() + method.penalty * computed)
-    if not method.skip:
-        losses[1].fill_(float("inf"))
-    return torch.stack(losses), outputs
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the losses and the outputs of all modes but skip, whose output is zero."""
+    dense = backend.dense(call)
+    outputs = {"full": dense}
+    norm = call.of_all_heads(_energy(dense)).mean().clamp(min=1e-30)
+    losses = torch.full((len(MODES), call.head_count), float("inf"), dtype=torch.float64)
+    if method.skip:
+        losses[1] = (_energy(dense) / norm).cpu()
+    for place, mode in enumerate(MODES[2:], start=2):
+        outputs[mode] = method._attend_mode(call, backend, mode)
+        error = (_energy(outputs[mode], dense) / norm).cpu()
+        losses[place] = error + method.penalty * method.mask(call.grid, mode).computed
+    return losses, outputs
+
+
+def _energy(out: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """Return float64 [H]: the squared norm of every head of [B, S, H, D], or of a difference.
+
+    Squares of a token's channels are summed in float32, or wider for wider tensors, and tokens in
+    float64; a few tokens at a time, so that what is in between stays in a CPU's cache.
+    """
+    wide = torch.promote_types(out.dtype, torch.float32)
+    step = max(1, _CHUNK[out.device.type == "cpu"] // out[:, 0].numel())
+    total = torch.zeros(out.shape[2], dtype=torch.float64, device=out.device)
+    for first in range(0, out.shape[1], step):
+        part = out[:, first : first + step].to(wide)
+        if other is not None:
+            part = part - other[:, first : first + step].to(wide)
+        total += part.square().sum(3).sum((0, 1), dtype=torch.float64)
+    return total
 
 
 def expand_modes(modes: Sequence[str], method: SparseVDiT) -> list[tuple[list[int], SparseVDiT]]:
