@@ -180,6 +180,17 @@ def test_heads_that_the_plan_leaves_out_stay_out(pipe: Any, mode: Any) -> None:
     assert report.density < 0.4
 
 
+def test_heads_that_a_method_chose_to_leave_out_stay_out(pipe: Any) -> None:
+    settings = {"skip": True, "penalty": 9.0, "threshold": 99.0, "density": 0.4, "block_size": 8}
+    method = build("sparse_vdit", settings)
+    with attach(pipe, method, recorder=Recorder(every=1, limit=0.5), backend="cpu") as handle:
+        generate(pipe, "wan")
+        report = handle.report()
+    assert not report.incidents
+    assert HELD not in report.fallbacks
+    assert report.density < 0.3
+
+
 def test_a_jump_in_size_is_looked_into_at_once(pipe: Any, stock: torch.Tensor) -> None:
     method = Faulty("scale", step=3)  # the turn of the layer was step 0
     for drift, heads in ((4.0, [(1,)]), (1e6, [])):

@@ -196,14 +196,12 @@ class _Work:
 def _not_skipped(
     heads: tuple[int, ...], method: Method | None, part: AttentionCall
 ) -> tuple[int, ...]:
-    """Return the heads that a method computes; what the plan leaves out is zero on purpose."""
-    mode = getattr(method, "mode", "")
-    if method is None or mode == "skip":
+    """Return the heads that a method computes; what it leaves out is zero on purpose."""
+    if method is None:
         return ()
-    if isinstance(mode, tuple):
-        places = zip(heads, part.places, strict=True)
-        return tuple(head for head, place in places if mode[place] != "skip")
-    return heads
+    left_out = getattr(method, "left_out", None)
+    skipped = set() if left_out is None else set(left_out(part))
+    return tuple(head for place, head in enumerate(heads) if place not in skipped)
 
 
 def _groups(
