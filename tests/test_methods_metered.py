@@ -10,6 +10,7 @@ from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
+from dittools.methods.block_sampling import slots_amid
 from dittools.methods.compensation import (
     Runs,
     block_mask,
@@ -23,6 +24,7 @@ from dittools.methods.metered import Metered
 from dittools.methods.metered_state import State
 from dittools.methods.probes import exact_rows, probe_rows, relative_error
 from dittools.methods.repair import fit_repair
+from dittools.methods.selection import keep_share
 
 BACKEND = ReferenceBackend()
 GRIDS = [
@@ -180,6 +182,26 @@ def test_the_score_is_the_squared_error_of_every_token_of_a_block(pooled: bool, 
     apart = exact - stand_in if pooled else exact
     error = (apart.square().sum(-1) / total[:, :64].square()).unflatten(2, (4, SIZE)).sum(3)
     wanted = error.unflatten(1, (4, SIZE)).mean(2)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_blocks_may_be_ranked_by_their_mass(grid: TokenGrid) -> None:
+    call = call_of(grid)
+    method = Metered(block_size=SIZE, rows=SIZE, score="mass", order="wfh")
+    order, blocks = padded_order(grid, ("wfh",), SIZE), -(-grid.tokens // SIZE)
+    alike = call.key.clone()  # runs of two keys are pooled: pairs of slots hold equal ones
+    pairs = order.index[0][: blocks * SIZE].view(-1, 2)
+    pairs = pairs[(pairs >= 0).all(1)]
+    alike[:, pairs[:, 1]] = alike[:, pairs[:, 0]]
+    call = replace(call, key=alike)
+    found = method.scores(call, order, pool_runs(call, order, blocks, SIZE, 2))
+    q, k = (x[0].transpose(0, 1) for x in (call.query, call.key))
+    mass = (q @ k.transpose(1, 2) * call.softmax_scale).softmax(-1)
+    groups = [g[g >= 0] for g in order.index[0][: blocks * SIZE].view(-1, SIZE)]
+    wanted = torch.stack(
+        [torch.stack([mass[:, i][:, :, j].sum((1, 2)) for j in groups], 1) for i in groups], 1
+    )
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -389,6 +411,76 @@ def test_only_heads_whose_error_grew_choose_anew() -> None:
     assert [torch.equal(first[h], again[h]) for h in range(3)] == [True, False, True]
     assert chosen(call).base[1] == chosen(call).last[1]  # type: ignore[index]
     assert chosen(call).base[0] != chosen(call).last[0]  # type: ignore[index]
+
+
+def test_turns_look_at_every_query_of_a_block_and_begin_in_the_middle() -> None:
+    sizes = torch.tensor([SIZE, SIZE, 5])
+    turns = torch.stack([slots_amid(sizes, 4, turn) for turn in range(8)])
+    assert turns[0].tolist() == [[2, 6, 10, 14]] * 2 + [[0, 1, 3, 4]]
+    assert (turns.diff(dim=2) >= 0).all()
+    assert [sorted(set(t.flatten().tolist())) for t in turns.unbind(1)] == [
+        list(range(SIZE)),
+        list(range(SIZE)),
+        list(range(5)),
+    ]
+    assert {n // 4 for n in turns[:, 0, 1].tolist()} == {1}  # each within its part
+    assert turns[:5, 0, 0].unique().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("score", ["error", "mass"])
+def test_what_earlier_steps_found_counts_half_and_none_without_carry(score: str) -> None:
+    call = call_of(TokenGrid(3, 6, 7, 3))
+    method = Metered(score=score, order="fhw", rows=2, **SMALL)
+    order = padded_order(call.grid, ("fhw",), SIZE)
+    runs = pool_runs(call, order, 8, SIZE, 2)
+    first, second = (method.scores(replace(call, step=t), order, runs) for t in (0, 1))
+    assert not torch.allclose(first, second, rtol=0.05, atol=0)
+    for carry, wanted in ((0.5, second + 0.5 * first.bfloat16()), (0.0, first)):
+        some, memory = replace(method, carry=carry), {}
+        for step in range(2):
+            some.attend(replace(call, step=step, memory=memory), BACKEND)
+        (state,) = memory.values()
+        assert torch.equal(state.kept, keep_share(wanted, 0.3, True))
+        assert state.scores is None if not carry else state.scores.shape == first.shape
+        again = some.attend(replace(call, memory=memory), BACKEND)  # a run from its start
+        assert torch.equal(state.kept, keep_share(first, 0.3, True))
+        if not carry:  # and nothing else is remembered: the parts alone, to the bit
+            plain = replace(some, recall=0)
+            out = [plain.attend(replace(call, memory={}, step=t), BACKEND) for t in (0, 0)]
+            assert torch.equal(*out)
+            assert again.shape == out[0].shape
+
+
+def test_steps_together_choose_as_well_as_all_queries_of_a_block_at_once() -> None:
+    call = call_of(TokenGrid(4, 12, 12), heads=2)
+    call = replace(call, query=4 * call.query)  # queries of a block attend to different blocks
+    order = padded_order(call.grid, ("fhw",), SIZE)
+    exact = Metered(block_size=SIZE, rows=SIZE).scores(
+        call, order, pool_runs(call, order, 36, SIZE, 2)
+    )
+
+    def worth(carry: float) -> float:
+        call.memory.clear()
+        method = Metered(order="fhw", rows=2, carry=carry, mode="pooled", **SMALL)
+        for step in range(6):
+            method.attend(replace(call, step=step), BACKEND)
+        return float(exact[chosen(call).kept].sum() / exact.sum())
+
+    alone, together = worth(0.0), worth(0.8)
+    best = float(exact[keep_share(exact, 0.3, True)].sum() / exact.sum())
+    assert best - together < 0.5 * (best - alone)
+
+
+def test_heads_that_keep_their_blocks_keep_what_these_were_worth() -> None:
+    call = call_of(TokenGrid(3, 6, 7))
+    method = Metered(refresh=1.5, **SMALL)
+    method.attend(call, BACKEND)
+    before = chosen(call).scores
+    state = chosen(call)
+    state.last = state.base * torch.tensor([1.0, 1.6, 1.0])  # type: ignore[operator]
+    method.attend(replace(call_of(call.grid), memory=call.memory, step=1), BACKEND)
+    after = chosen(call).scores
+    assert [torch.equal(before[h], after[h]) for h in range(3)] == [True, False, True]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("per_head", [True, False])

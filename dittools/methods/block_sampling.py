@@ -31,7 +31,9 @@ class PooledKeys(NamedTuple):
     rest_weight: torch.Tensor
 
 
-def sampled_slots(tokens: int, block_size: int, rows: int, blocks: int = 0) -> torch.Tensor:
+def sampled_slots(
+    tokens: int, block_size: int, rows: int, blocks: int = 0, turn: int = 0
+) -> torch.Tensor:
     """Return int64 [n]: the slots that stand for their blocks, `rows` of each, amid equal parts.
 
     Args:
@@ -40,6 +42,7 @@ def sampled_slots(tokens: int, block_size: int, rows: int, blocks: int = 0) -> t
         rows: slots per block; all of a block that has no more.
         blocks: take only so many blocks, spread by the golden ratio, which falls into no step with
             rows or frames; 0 takes all.
+        turn: takes other slots, as `slots_amid` says.
     """
     starts = torch.arange(0, tokens, block_size)
     if 0 < blocks < len(starts):
@@ -49,9 +52,25 @@ def sampled_slots(tokens: int, block_size: int, rows: int, blocks: int = 0) -> t
         picked = (starts[:, None] + torch.arange(block_size)).flatten()
         return picked[picked < tokens]
     sizes = (tokens - starts).clamp(max=block_size)
-    part = (2 * torch.arange(rows) + 1) * sizes[:, None] // (2 * rows)
-    picked = (starts[:, None] + part).flatten()
+    picked = (starts[:, None] + slots_amid(sizes, rows, turn)).flatten()
     return picked[torch.cat((picked.new_ones(1), picked.diff())) > 0]  # short blocks repeat some
+
+
+def slots_amid(sizes: torch.Tensor, rows: int, turn: int = 0) -> torch.Tensor:
+    """Return int64 [blocks, rows]: a slot of each of `rows` equal parts of every block, ascending.
+
+    It is the middle one at first; with every turn another one, which golden steps soon spread over
+    the part. Blocks of fewer slots than rows repeat some.
+
+    Args:
+        sizes: int64 [blocks], slots of each block.
+        rows: parts per block.
+        turn: from 0.
+    """
+    if turn == 0:
+        return (2 * torch.arange(rows) + 1) * sizes[:, None] // (2 * rows)
+    within = torch.arange(rows) + (0.5 + turn * _GOLDEN) % 1
+    return (within.double() * sizes[:, None] / rows).long()
 
 
 def gather_heads(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -167,6 +186,7 @@ def sampled_mass(
     rows: int,
     run: int = 1,
     blocks: int = 0,
+    turn: int = 0,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return float32 [H, query blocks, blocks]: the mass of every block, summed over its samples.
@@ -181,9 +201,10 @@ def sampled_mass(
         rows: queries per block, evenly spaced.
         run: keys that are pooled, a divisor of block_size; 1 pools none.
         blocks: query blocks looked at, 0 for all.
+        turn: looks at other queries, as `slots_amid` says.
         bias: float [H or 1, S or more] added to the scaled scores.
     """
-    slots = sampled_slots(tokens, block_size, rows, blocks).to(query.device)
+    slots = sampled_slots(tokens, block_size, rows, blocks, turn).to(query.device)
     keys = pool_keys(key, index, tokens, block_size, run, bias)
     shares = block_shares(gather_heads(query, index[:, slots]), keys, scale)
     owner = torch.unique_consecutive(slots // block_size, return_inverse=True)[1]

@@ -6,7 +6,9 @@ those are is decided by the error that pooling them would make, per cost (SVG-EA
 along the axis order in which each head concentrates (PAROAttention), one threshold for all heads;
 random rows are attended exactly, and what they show of the error is taken off all rows by a gated
 ridge regression (SparsePR, on dropped output). The same rows measure every call's true error: a
-head whose error grew since its blocks were chosen chooses anew, other heads keep theirs.
+head whose error grew since its blocks were chosen chooses anew, other heads keep theirs. Few
+queries tell what a block is worth, but other ones at every step, and what earlier steps found
+counts on: blocks are as well chosen as from several times as many.
 """
 
 from dataclasses import dataclass
@@ -34,7 +36,13 @@ from dittools.methods.compensation import (
     sparse_rows,
     with_pooled_keys,
 )
-from dittools.methods.metered_choice import block_mass, error_scores, order_names, some_heads
+from dittools.methods.metered_choice import (
+    block_mass,
+    error_scores,
+    order_names,
+    some_heads,
+    without_padding,
+)
 from dittools.methods.metered_state import State
 from dittools.methods.paro import NAMES
 from dittools.methods.probes import probe_rows, rows_by_backend
@@ -67,6 +75,13 @@ class Metered:
     )
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
+    carry: float = param(
+        0.5,
+        "how much of what blocks were worth a step before counts on, other queries of a block "
+        "being looked at in turn; 0 for none",
+        least=0.0,
+        most=1.0,
+    )
     per_head: bool = param(True, "whether every head keeps the same share")
     probes: int = param(64, "the rows attended exactly; 0 for none", least=0)
     refresh: float = param(
@@ -147,6 +162,8 @@ class Metered:
         if runs is not None and self.mode != "drop":
             made = with_pooled_keys(call, runs.pooled())
         out = attend_exactly(made, backend, self._mask(call, state))
+        if not self.refresh:  # the next call chooses anew: nothing this large waits for it
+            state.mask = None
         if out is None:
             return backend.dense(call)
         if not self.probes:
@@ -183,6 +200,8 @@ class Metered:
         looked_at = some_heads(call, state.order, runs, stale)
         score = self.scores(*looked_at)  # a broken head must not set the threshold
         score = score.nan_to_num(nan=0.0, posinf=0.0)
+        if self.carry:
+            score = state.with_scores(score, at, call.step, self.carry)
         kept = self._kept(call, score, self.density)
         if self.ceiling > self.density and state.high is not None:
             more = self._kept(call, score, self.ceiling)
@@ -272,6 +291,9 @@ class Metered:
 
     def scores(self, call: AttentionCall, order: TokenOrder, runs: Runs) -> torch.Tensor:
         """Return float32 [H, blocks, blocks]: what each block is worth to each block of queries."""
+        turn = call.step if self.carry else 0
         if self.score == "mass":
-            return block_mass(call, order.index, self.block_size, self.rows)
-        return error_scores(call, order, runs, self.block_size, self.rows, self.mode != "drop")
+            index = without_padding(order, call.grid, self.block_size)
+            return block_mass(call, index, self.block_size, self.rows, turn=turn)
+        pooled = self.mode != "drop"
+        return error_scores(call, order, runs, self.block_size, self.rows, pooled, turn)

@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 
 from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
 from dittools.methods.block_sampling import (
     gather_heads,
     run_length,
     sampled_mass,
     sampled_slots,
+    slots_amid,
 )
 from dittools.methods.block_statistics import mass_recall
 from dittools.methods.compensation import Runs
@@ -62,7 +64,13 @@ def some_heads(
 
 
 def error_scores(
-    call: AttentionCall, order: TokenOrder, runs: Runs, size: int, rows: int, pooled: bool
+    call: AttentionCall,
+    order: TokenOrder,
+    runs: Runs,
+    size: int,
+    rows: int,
+    pooled: bool,
+    turn: int = 0,
 ) -> torch.Tensor:
     """Return float32 [H, blocks, blocks]: the error of skipping each block of keys.
 
@@ -73,15 +81,16 @@ def error_scores(
         size: tokens per block.
         rows: queries per block that stand for it.
         pooled: whether skipped blocks are replaced by their means.
+        turn: looks at other queries, as `slots_amid` says.
     """
     tokens = call.grid.tokens
     blocks = -(-tokens // size)
-    slots = sampled_slots(tokens, size, rows)
+    slots = sampled_slots(tokens, size, rows, turn=turn)
     each = len(slots) // blocks
     if len(slots) != each * blocks:  # a short last block has fewer to show: some stand twice
-        start = torch.arange(0, tokens, size)[:, None]
+        start = torch.arange(0, tokens, size)
         sizes = (tokens - start).clamp(max=size)
-        slots = (start + (2 * torch.arange(rows) + 1) * sizes // (2 * rows)).flatten()
+        slots = (start[:, None] + slots_amid(sizes, rows, turn)).flatten()
         each = rows
     index = order.index[:, slots.to(order.index.device)]
     query = gather_heads(call.query[0], index)
@@ -90,7 +99,7 @@ def error_scores(
 
 
 def block_mass(
-    call: AttentionCall, index: torch.Tensor, size: int, rows: int, blocks: int = 0
+    call: AttentionCall, index: torch.Tensor, size: int, rows: int, blocks: int = 0, turn: int = 0
 ) -> torch.Tensor:
     """Return float32 [H, blocks, blocks]: attention mass of every block, as PARO estimates it."""
     bias = call.additive_mask()
@@ -104,8 +113,16 @@ def block_mass(
         rows=rows,
         run=run_length(size),
         blocks=blocks,
+        turn=turn,
         bias=None if bias is None else bias[0],
     )
+
+
+def without_padding(order: TokenOrder, grid: TokenGrid, size: int) -> torch.Tensor:
+    """Return int64 [H or 1, total]: the tokens of a `padded_order`, the text last."""
+    text = -(-grid.tokens // size) * size + torch.arange(grid.text)
+    slots = torch.cat((torch.arange(grid.tokens), text))
+    return order.index.index_select(1, slots.to(order.index.device))
 
 
 def _text_scores(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,8 @@ class State:
         held: bool [H], heads that are dense in the start of the run.
         broken: bool [H], heads that stay dense, their probes were not finite.
         rows: probe rows of earlier calls.
+        scores: bfloat16 [H, blocks, blocks], what blocks were worth when they were chosen.
+        step: of these scores.
     """
 
     order: TokenOrder | None = None
@@ -36,6 +38,8 @@ class State:
     held: torch.Tensor | None = None
     broken: torch.Tensor | None = None
     rows: Rows | None = None
+    scores: torch.Tensor | None = None
+    step: int = -1
 
     def stale(self, growth: float, turns: bool) -> torch.Tensor:
         """Return bool [H]: heads whose error is more than `growth` times what it was.
@@ -46,6 +50,25 @@ class State:
         assert self.last is not None
         found = self.last > growth * self.base
         return found | self.turned if turns and self.turned is not None else found
+
+    def with_scores(
+        self, score: torch.Tensor, which: torch.Tensor, step: int, carry: float
+    ) -> torch.Tensor:
+        """Return the scores [n, blocks, blocks] of the heads `which`, int64 [n], and earlier ones.
+
+        Earlier ones count `carry` times what they did. They are kept in half precision: that is
+        enough to rank by, and long sequences have many blocks. Those of a run before are forgotten.
+        """
+        known = self.scores
+        if known is not None and step >= self.step:
+            score = score + carry * known.index_select(0, which)
+        half = score.to(torch.bfloat16)
+        if known is None or len(known) == len(which):
+            self.scores = half
+        else:
+            self.scores = known.index_copy(0, which, half)
+        self.step = step
+        return score
 
     def chosen(self, kept: torch.Tensor, which: torch.Tensor) -> None:
         """Take blocks [n, blocks, blocks] of the heads `which`, int64 [n]."""
