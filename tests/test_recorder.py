@@ -1,6 +1,7 @@
 """The flight recorder: faults of sparse attention are seen, named, and answered by dense."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,10 @@ class Faulty:
             out[:, :, self.head] = scores.softmax(-1).float() @ v.float()
         if hit and self.fault == "scale":
             out[:, :, self.head] *= 20
-        return out
+        shorter = {"length": out[:, 1:], "heads": out[:, :, :1], "none": None, "pair": (out, 0)}
+        if hit and self.fault in shorter:
+            return cast(torch.Tensor, shorter[self.fault])
+        return out.double() if hit and self.fault == "double" else out
 
 
 FAULTS: dict[str, BaseException] = {
@@ -136,9 +140,13 @@ def of(report: Report) -> list[tuple[int, tuple[int, ...], int, str]]:
 
 
 def faulty_run(
-    pipe: Any, fault: str, recorder: bool | Recorder = True, **changes: Any
+    pipe: Any,
+    fault: str,
+    recorder: bool | Recorder = True,
+    layer: int = 1,
+    **changes: Any,
 ) -> tuple[torch.Tensor, Report, Faulty]:
-    method = Faulty(fault)
+    method = Faulty(fault, layer)
     with attach(pipe, method, backend="reference", recorder=recorder) as handle:
         return generate(pipe, "wan", **changes), handle.report(), method
 
@@ -233,6 +241,46 @@ def test_a_kernel_that_raises_is_replaced_by_dense(
     assert method.calls == [0, 0, 1]  # never again in this run
     assert report.layers[1].dense == 6
     assert report.fallbacks == {HELD: 6}
+
+
+@pytest.mark.parametrize(
+    ("fault", "got"),
+    [
+        ("length", "[1, 17, 2, 12]"),
+        ("heads", "[1, 18, 1, 12]"),
+        ("none", "NoneType"),
+        ("pair", "tuple"),
+    ],
+)
+@pytest.mark.parametrize("recorder", [Recorder(), Recorder(each_call=False), False])
+def test_a_result_of_another_shape_is_a_fault_of_the_kernel(
+    pipe: Any, stock: torch.Tensor, fault: str, got: str, recorder: bool | Recorder
+) -> None:
+    if not recorder:
+        with pytest.raises(RuntimeError, match=re.escape(got)):
+            faulty_run(pipe, fault, recorder)
+        return
+    latents, report, method = faulty_run(pipe, fault, recorder)
+    torch.testing.assert_close(latents, stock, atol=2e-5, rtol=2e-5)
+    ((layer, heads, step, reason),) = of(report)
+    assert (layer, heads, step) == (1, (0, 1), 1)
+    assert got in reason
+    assert method.calls == [0, 0, 1]
+
+
+def test_a_result_of_another_dtype_goes_out_in_that_of_the_query(pipe: Any) -> None:
+    call = Call()
+    with attach(pipe, Faulty("double", step=0), backend="reference") as handle:
+        found = call.through(handle)
+    assert found.dtype == call.stock.dtype
+
+
+def test_the_cause_is_named_before_what_follows_from_it(pipe: Any) -> None:
+    _, report, _ = faulty_run(pipe, "nan", Recorder(each_call=False), layer=0)
+    assert [(layer, reason.split(" (")[0]) for layer, _, _, reason in of(report)] == [
+        (0, BROKEN),
+        (1, NOT_FINITE),
+    ]
 
 
 @pytest.mark.parametrize("fault", ["interrupt", "input"])

@@ -103,6 +103,7 @@ class Flight:
         """
         if self._named_inputs:
             return
+        self.look()  # a call before it may be the cause
         names, bad = [], torch.zeros(query.shape[2], dtype=torch.bool)
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             found = ~tensor.isfinite().transpose(0, 2).flatten(1).all(1).cpu()

@@ -129,7 +129,7 @@ class _Work:
         if is_alone and self.held.issuperset(heads):
             return self._in_order(heads)
         try:
-            return method.attend(part, self.meter)
+            return _fitting(method.attend(part, self.meter), part.query)
         except DitToolsError:
             raise
         except Exception as error:
@@ -191,6 +191,23 @@ class _Work:
             free(error, out.device)
             flight.blind(view, watched)
             return out
+
+
+def _fitting(out: object, query: torch.Tensor) -> torch.Tensor:
+    """Return what a method gave, in the dtype of the query.
+
+    Raises:
+        RuntimeError: it is no attention of these queries.
+    """
+    if isinstance(out, torch.Tensor) and out.shape == query.shape and out.device == query.device:
+        return out.to(query.dtype)
+    got = type(out).__name__
+    if isinstance(out, torch.Tensor):
+        got = f"{list(out.shape)} on {out.device}"
+    raise RuntimeError(
+        f"the method did not return attention; expected {list(query.shape)} on {query.device}, "
+        f"got {got}"
+    )
 
 
 def _not_skipped(
