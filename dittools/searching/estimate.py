@@ -70,13 +70,13 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     generations = {
         "dense": calibration + held_out,
         "calibration": calibration,
-        "sensitivity": len(layers) * min(ranges, facts.steps),
+        "sensitivity": len(layers) + min(ranges, facts.steps),
         "weights": len(BLENDS) * calibration,
         "verification": budget.rounds * held_out,
         "single methods": singles * held_out,
     }
     sampled = min(facts.steps, ranges * budget.steps_per_range) * max(1, len(facts.branches))
-    calls = calibration * sampled * facts.model.layers
+    calls = -(-calibration // min(calibration, 2)) * sampled * facts.model.layers
     rows = min(budget.rows, facts.grid.total)
     per_call = rows * facts.grid.total * facts.model.heads * (facts.model.head_dim + 4)
     probing = calls * len(candidates) * per_call / _PROBE_RATE

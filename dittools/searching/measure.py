@@ -1,7 +1,7 @@
 """The units of work of a search: calibrating, perturbing, and generating with a plan."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from dittools.searching.rows import sample_rows
 from dittools.searching.scout import Facts
 from dittools.searching.store import Result, Store, Unit, fingerprint
 
-FORMAT = 3  # of what a calibration keeps: older work is not taken up
+FORMAT = 4  # of what a calibration keeps: older work is not taken up
 _APART = 2**40  # from the seeds by which methods draw rows of their own, which they know exactly
 
 
@@ -70,6 +70,28 @@ def sites_for(
     return Sites(*args, frozenset(sampled), chosen)
 
 
+def turns(sites: Sites, prompts: int) -> list[Sites]:
+    """Return what is looked at with each prompt: by turns, every other of the steps of a range.
+
+    A step range is seen at as many steps as before, each of them with half of the prompts; a single
+    prompt, and one step in a range, is looked at whole.
+    """
+    by_range: dict[int, list[int]] = {}
+    for step in sorted(sites.sampled):
+        by_range.setdefault(sites.range_of(step), []).append(step)
+    share = min(prompts, 2)
+    found = []
+    for number in range(prompts):
+        taken = {
+            step
+            for steps in by_range.values()
+            for place, step in enumerate(steps)
+            if len(steps) < share or (place - number) % share == 0
+        }
+        found.append(replace(sites, sampled=frozenset(taken)))
+    return found
+
+
 class Bench:
     """Generates with and without plans, each result kept in a store.
 
@@ -102,23 +124,27 @@ class Bench:
     ) -> list[Result]:
         """Return what a probe measured in each generation, of the active candidates."""
         names = fingerprint(
-            [c.name for c in candidates], active, sites.ranges, sorted(sites.sampled)
+            [c.name for c in candidates],
+            active,
+            sites.ranges,
+            sorted(sites.sampled),
+            sorted(sites.passed),
         )
 
-        def measure(use: Settings) -> Result:
-            probe = Probe(sites, candidates, facts.gains, carry, active)
+        def measure(use: Settings, at: Sites) -> Result:
+            probe = Probe(at, candidates, facts.gains, carry, active)
             with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend, recorder=False):
                 generate(self.pipe, use)
             return probe.results()
 
-        rows = len(sites.rows)
+        rows, by_turns = len(sites.rows), turns(sites, len(settings))
         units = [
             Unit(
-                f"calibrate {FORMAT} {fingerprint(use.to_dict(), names, rows, carry)}",
+                f"calibrate {FORMAT} {fingerprint(use.to_dict(), names, rows, carry, number)}",
                 number,
-                lambda use=use: measure(use),  # type: ignore[misc]
+                lambda use=use, at=at: measure(use, at),  # type: ignore[misc]
             )
-            for number, use in enumerate(settings)
+            for number, (use, at) in enumerate(zip(settings, by_turns, strict=True))
         ]
         what = "looking at all candidates" if active is None else "measuring candidates"
         return self.store.run(what, units)

@@ -19,7 +19,11 @@ def curve_points(solver: Solver, predictor: Predictor) -> list[dict[str, float]]
     """
     found = replace(solver, by_time=False).frontier(DENSITIES)
     return [
-        {"density": round(s.density, 6), "psnr_db": round(predictor.psnr_db(s.loss), 4)}
+        {
+            "density": round(s.density, 6),
+            "executed": round(s.executed, 6),
+            "psnr_db": round(predictor.psnr_db(s.loss), 4),
+        }
         for s in found
     ]
 
@@ -52,5 +56,6 @@ def trial_point(trial: Trial) -> dict[str, Any]:
         "budget": round(trial.budget, 6),
         "predicted_density": round(trial.solution.density, 6),
         "predicted_db": round(trial.predicted_db, 4),
+        "executed": round(trial.executed, 6),
         **trial.score.to_dict(),
     }

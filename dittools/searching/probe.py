@@ -30,6 +30,7 @@ class Sites:
         steps: of the run.
         sampled: steps that are looked at; the others pass.
         rows: int64 [R], queries that are looked at.
+        passed: guidance branches that are not looked at.
     """
 
     grid: TokenGrid
@@ -39,6 +40,7 @@ class Sites:
     steps: int
     sampled: frozenset[int]
     rows: torch.Tensor
+    passed: frozenset[str] = frozenset()
 
     def range_of(self, step: int) -> int:
         """Return the step range that holds a step."""
@@ -104,7 +106,7 @@ class Probe:
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return dense attention, or what the greedy choice gives when errors are carried on."""
         out = backend.dense(call)
-        if call.step not in self.sites.sampled:
+        if call.step not in self.sites.sampled or call.branch in self.sites.passed:
             return out
         if call.grid != self.sites.grid or call.head_count != self.sites.heads:
             self.skipped += 1

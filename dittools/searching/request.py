@@ -33,7 +33,7 @@ class Budget:
     steps_per_range: int = 2
     sensitivity: int = 3
     rounds: int = 8
-    points: int = 3
+    points: int = 2
     vectors: int = 2
 
     def __post_init__(self) -> None:

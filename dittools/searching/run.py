@@ -29,7 +29,7 @@ from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_l
 
 Report = Callable[[str, int, int], None]
 BLENDS = (1.0, 0.5, 0.0)  # measured weights, half-way, flat: isolated perturbations can mislead
-NEAR = 0.03  # a single method of another density does not compare with the plan
+NEAR = 0.03  # a single method that works through another share does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 _REFERENCE_DENSITY = 0.35  # where the blends are compared when no density is asked for
 
@@ -180,7 +180,7 @@ def run(
     watch("curve", curve_points(solver, predictor))
     watch("singles", single_points(solver, predictor, {}))
     verdict = _verify(bench, solver, predictor, request, start, watch)
-    singles = _singles(bench, solver, verdict.chosen.solution.density, request)
+    singles = _singles(bench, solver, verdict.chosen.solution.executed, request)
     plan = _signed(verdict, request, solver, facts)
     return Outcome(
         request, facts, table, solver, predictor, sensitivity, blend, tried, verdict, singles, plan
@@ -195,6 +195,7 @@ def calibrated(
     if len(candidates) > SCOUTED and request.carry is None:
         rows = max(1, request.budget.rows // 2)
         brief = sites_for(facts, request.ranges, rows, 1, request.settings.seed)
+        brief = replace(brief, passed=frozenset({"uncond"}))  # which looks at the same clip
         first = bench.calibrate(request.calibration[:1], brief, candidates, facts, None)
         scouted = merge(first, candidates, brief)
         active = survivors(scouted)
@@ -307,14 +308,14 @@ def _verify(
     if request.target == "psnr":
         return verifier.at_least(request.value)
     if request.target == "density":
-        return verifier.within(start, lambda trial: trial.score.density, DENSITY_SLACK)
+        return verifier.within(start, lambda trial: trial.executed, DENSITY_SLACK)
     return verifier.within(start, lambda trial: trial.solution.cost, 1e-9)
 
 
 def _singles(
-    bench: Bench, solver: Solver, density: float, request: Request
+    bench: Bench, solver: Solver, executed: float, request: Request
 ) -> list[tuple[int, Score]]:
-    """Return scores of single methods of about that density on the held-out prompts.
+    """Return scores of single methods that work through about as much on the held-out prompts.
 
     One of each method comes first, those predicted to do best before the others.
     """
@@ -323,7 +324,7 @@ def _singles(
         for number, c in enumerate(solver.table.candidates)
         if number and getattr(c.method, "mode", "") != "skip"
     ]
-    apart = {n: abs(solver.table.candidates[n].density - density) for n in usable}
+    apart = {n: abs(solver.single(n).executed - executed) for n in usable}
     loss = {n: solver.single(n).loss for n in usable}
     near = sorted(usable, key=lambda n: (max(apart[n] - NEAR, 0.0), loss[n], n))
     best: dict[str, int] = {}
@@ -360,6 +361,7 @@ def _signed(verdict: Verdict, request: Request, solver: Solver, facts: Facts) ->
         },
         "density": round(chosen.score.density, 6),
         "predicted_density": round(solution.density, 6),
+        "executed": round(chosen.executed, 6),
         "predicted_psnr_db": round(chosen.predicted_db, 4),
         "held_out": chosen.score.to_dict(),
     }

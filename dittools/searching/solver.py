@@ -24,6 +24,7 @@ class Solution:
         plan: its rules.
         choice: int64 [L * P * H], candidate per item.
         density: predicted share of pairs over the run.
+        executed: predicted share of pairs that kernels work through, which a density is asked of.
         cost: predicted attention time as a share of dense.
         loss: predicted mean squared pixel error, up to the scale of the weights.
     """
@@ -31,6 +32,7 @@ class Solution:
     plan: Plan
     choice: torch.Tensor
     density: float
+    executed: float
     cost: float
     loss: float
 
@@ -45,7 +47,7 @@ class Solver:
         costs: kernel times.
         constraints: what the plan must keep to.
         model: whose plan it is.
-        by_time: whether the budget counts attention time instead of density.
+        by_time: whether the budget counts attention time instead of pairs worked through.
     """
 
     table: Table
@@ -121,15 +123,16 @@ class Solver:
         return (self._prices[1] * (steps / (steps.sum() * layers))[:, None]).repeat(layers, 1)
 
     def solve(self, budget: float) -> Solution:
-        """Return the best plan whose density (or time share) is at most the budget.
+        """Return the best plan that works through at most the budget of pairs (or of time).
 
         Raises:
             Unreachable: the cheapest plan costs more.
         """
-        by_density = problem_of(self.table, self.weight, self.table.density, self.constraints)
+        by_pairs = problem_of(self.table, self.weight, self.table.executed(), self.constraints)
+        kept = problem_of(self.table, self.weight, self.table.density, self.constraints)
         by_time = problem_of(self.table, self.weight, self.times(), self.constraints)
         by_time = replace(by_time, opening=self.openings(), using=self.uses())
-        problem = by_time if self.by_time else by_density
+        problem = by_time if self.by_time else by_pairs
         if self.constraints.mask_bytes:
             sizes = [c.mask_bytes for c in self.table.candidates]
             choice = within_memory(problem, budget, sizes, self.constraints.mask_bytes)
@@ -142,7 +145,8 @@ class Solver:
         return Solution(
             plan,
             choice,
-            by_density.total_cost(choice),
+            kept.total_cost(choice),
+            by_pairs.total_cost(choice),
             by_time.total_cost(choice),
             problem.total_loss(choice),
         )
@@ -162,12 +166,14 @@ class Solver:
         layers, parts, heads = self.table.shape
         choice = torch.full((layers * parts * heads,), number, dtype=torch.int64)
         free = problem_of(self.table, self.weight, self.table.density, Constraints())
+        pairs = problem_of(self.table, self.weight, self.table.executed(), Constraints())
         timed = problem_of(self.table, self.weight, self.times(), Constraints())
         timed = replace(timed, using=self.uses())
         return Solution(
             Plan.of(self.table.candidates[number].method),
             choice,
             free.total_cost(choice),
+            pairs.total_cost(choice),
             timed.total_cost(choice),
             free.total_loss(choice),
         )

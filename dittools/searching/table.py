@@ -14,6 +14,8 @@ from dittools.searching.request import Constraints
 from dittools.searching.store import Result
 
 Branch = Literal["all", "cond", "uncond"]
+# mean share of pairs worked through between which candidates of a first look are compared
+_LEAST_SPENT, _MOST_SPENT = 0.03, 0.95
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,13 @@ class Table:
     def densities(self) -> torch.Tensor:
         """Return float64 [C]: means over heads and parts."""
         return torch.tensor([c.density for c in self.candidates], dtype=torch.float64)
+
+    def executed(self) -> torch.Tensor:
+        """Return float64 [L, P, H, C]: share of pairs worked through, no less than those kept.
+
+        Kernels work through whole blocks: one of which few pairs are kept costs what it holds.
+        """
+        return torch.maximum(self.density, self.computed)
 
     def range_weight(self) -> torch.Tensor:
         """Return float64 [P]: steps of the run in each part, a step of one branch counting half."""
@@ -215,22 +224,29 @@ def problem_of(
     )
 
 
-def survivors(table: Table, most: int = 36) -> list[int]:
+def survivors(table: Table, most: int = 30) -> list[int]:
     """Return the candidates that would be first or second choice of some head at some price.
+
+    Prices run from that at which hardly anything is worth its cost to that at which nearly all
+    heads are dense; a candidate that is only ever second counts half.
 
     Args:
         table: of a first look.
         most: the number kept; those chosen most often stay.
     """
     loss = (table.error * flat_weights(table)[..., None]).flatten(0, 2)
-    cost = table.density.flatten(0, 2)
+    cost = table.executed().flatten(0, 2)
     loss = torch.where(torch.isfinite(loss), loss, float("inf"))
     votes = torch.zeros(loss.shape[1], dtype=torch.int64)
     typical = float(loss[:, 1:][torch.isfinite(loss[:, 1:])].median().clamp(min=1e-30))
-    for exponent in range(-8, 9):
-        price = loss + typical * 2.0**exponent * cost
+    for halves in range(-40, 41):
+        price = loss + typical * 2.0 ** (halves / 2) * cost
         best = price.topk(min(2, price.shape[1]), dim=1, largest=False).indices
-        votes += torch.bincount(best.flatten(), minlength=len(votes))
+        spent = float(cost.gather(1, best[:, :1]).mean())
+        if not _LEAST_SPENT <= spent <= _MOST_SPENT:
+            continue
+        for place, weight in enumerate((2, 1)[: best.shape[1]]):
+            votes += weight * torch.bincount(best[:, place], minlength=len(votes))
     ranked = [int(n) for n in votes.argsort(descending=True, stable=True) if votes[n] and n]
     return sorted(ranked[:most])
 
@@ -264,7 +280,7 @@ def plan_of(
     table: Table,
     choice: torch.Tensor,
     model: ModelFacts,
-    only: tuple[int, int] | None = None,
+    only: tuple[int | None, int | None] = (None, None),
 ) -> Plan:
     """Return the plan of a choice; dense needs no rule.
 
@@ -272,7 +288,7 @@ def plan_of(
         table: what the choice indexes.
         choice: int64 [L * P * H].
         model: whose plan it is; its site paths are left to the layer numbers.
-        only: (layer, part) to act on, all else dense.
+        only: (layer, part) to act on, all else dense; None for all of them.
     """
     layers, parts, heads = table.shape
     grid = choice.view(layers, parts, heads)
@@ -280,7 +296,7 @@ def plan_of(
     for layer in range(layers):
         runs: dict[tuple[int, int, Branch], tuple[int, ...]] = {}
         for part in range(parts):
-            is_other = only is not None and (layer, part) != only
+            is_other = only[0] not in (None, layer) or only[1] not in (None, part)
             span, branch = table.part(part)
             if is_other or not table.sites.range_steps[span]:
                 continue

@@ -15,6 +15,7 @@ from dittools.searching.measure import Bench
 from dittools.searching.table import Table, plan_of
 
 _LEAST = 1e-12  # mean squared pixel error below which a perturbation did nothing
+_ROUNDS = 50  # of fitting layers and ranges in turn; converges in a few
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ def measure_sensitivity(
     settings: Sequence[Settings],
     layers: tuple[int, ...],
 ) -> Sensitivity:
-    """Return weights from one generation per (layer, range), sparse there alone.
+    """Return weights from generations that are sparse in one step range, or one layer, alone.
+
+    A weight is the product of one of the layer and one of the range: they are fitted to what the
+    generations came to, so that cost grows with layers plus ranges, not with their product.
 
     The perturbation is the first plan's own approximation, so that the weight holds for errors of
     the size and shape a plan makes; noise of the same energy moves a sampler differently.
@@ -79,23 +83,42 @@ def measure_sensitivity(
         settings: generations, the mean over them counts.
         layers: layers to perturb.
     """
-    _, ranges, heads = table.shape
+    count, ranges, heads = table.shape
     steps = table.range_weight()
-    at = [(layer, part) for layer in layers for part in range(ranges) if steps[part]]
+    at: list[tuple[int | None, int | None]] = [(None, r) for r in range(ranges) if steps[r]]
+    at += [(layer, None) for layer in layers]
     plans = [plan_of(table, choice, model, only=place) for place in at]
     kept = [n for n, plan in enumerate(plans) if plan.rules]
     scores = bench.score_all("measuring sensitivity", [plans[n] for n in kept], settings)
-    flat = 1 / table.norm.sum(dim=2).clamp(min=1e-30)
-    weight = torch.full_like(flat, float("nan"))
-    predicted = _predicted(table, choice)
+    by_range, by_layer = torch.zeros(ranges).double(), torch.zeros(count).double()
     for n, score in zip(kept, scores, strict=True):
-        layer, part = at[n]
         harm = sum(score.mean_square) / len(score.mean_square)
-        error = float(predicted[layer, part]) * float(steps[part])
-        if harm > _LEAST and error > 0:
-            weight[layer, part] = harm / error
-    filled = _filled(weight, flat)
-    return Sensitivity(filled[..., None].expand(-1, -1, heads).contiguous(), layers)
+        layer, part = at[n]
+        harms, place = (by_range, part) if layer is None else (by_layer, layer)
+        harms[place or 0] = harm if harm > _LEAST else 0.0
+    flat = 1 / table.norm.sum(dim=2).clamp(min=1e-30)
+    error = _predicted(table, choice) * flat * steps
+    weight = flat * factors(error, by_layer, by_range)
+    return Sensitivity(weight[..., None].expand(-1, -1, heads).contiguous(), layers)
+
+
+def factors(error: torch.Tensor, by_layer: torch.Tensor, by_range: torch.Tensor) -> torch.Tensor:
+    """Return float64 [L, R]: one factor per layer times one per range, positive.
+
+    Summed over the layers, the errors so weighted are the harm of a range, and the other way round.
+    Layers and ranges whose harm is not known lie between their neighbours, in logarithms.
+
+    Args:
+        error: float64 [L, R] squared errors as they are.
+        by_layer: [L] harm of each layer on all ranges; 0 where not known.
+        by_range: [R] harm of each range on all layers; 0 where not known.
+    """
+    layer, part = torch.ones_like(by_layer), torch.ones_like(by_range)
+    for _ in range(_ROUNDS):
+        layer = _filled(by_layer / (error @ part))
+        layer = layer / layer.log().mean().exp()  # the scale is that of the ranges
+        part = _filled(by_range / (layer @ error))
+    return layer[:, None] * part
 
 
 def _predicted(table: Table, choice: torch.Tensor) -> torch.Tensor:
@@ -104,29 +127,25 @@ def _predicted(table: Table, choice: torch.Tensor) -> torch.Tensor:
     return table.error.gather(3, index)[..., 0].sum(dim=2)
 
 
-def _filled(weight: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """Fill gaps: over layers by interpolating the ratio to flat weights, then by the mean ratio."""
-    ratio = (weight / flat).log()
-    known = ~torch.isnan(ratio)
-    mean = float(ratio[known].mean()) if bool(known.any()) else 0.0
-    out = ratio.clone()
-    for part in range(ratio.shape[1]):
-        have = known[:, part].nonzero().flatten().tolist()
-        for layer in range(ratio.shape[0]):
-            if not known[layer, part]:
-                out[layer, part] = _between(ratio[:, part], have, layer, mean)
-    return flat * out.exp()
+def _filled(ratio: torch.Tensor) -> torch.Tensor:
+    """Return ratios whose gaps, and what is no positive number, lie between their neighbours."""
+    known = ratio.isfinite() & (ratio > 0)
+    have = known.nonzero().flatten().tolist()
+    logs = torch.where(known, ratio, 1.0).log()
+    return torch.stack(
+        [logs[n] if known[n] else _between(logs, have, n) for n in range(len(logs))]
+    ).exp()
 
 
-def _between(column: torch.Tensor, have: list[int], layer: int, mean: float) -> float:
+def _between(column: torch.Tensor, have: list[int], layer: int) -> torch.Tensor:
     if not have:
-        return mean
+        return torch.zeros_like(column[0])
     below = max((h for h in have if h < layer), default=have[0])
     above = min((h for h in have if h > layer), default=have[-1])
     if below == above:
-        return float(column[below])
+        return column[below]
     share = min(max((layer - below) / (above - below), 0.0), 1.0)
-    return float(column[below]) * (1 - share) + float(column[above]) * share
+    return column[below] * (1 - share) + column[above] * share
 
 
 def to_db(mean_square: float) -> float:

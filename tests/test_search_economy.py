@@ -1,0 +1,117 @@
+"""What a search does not look at twice, and what a density is asked of."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
+from dittools.kernels import load
+from dittools.methods import build
+from dittools.plans import ModelFacts
+from dittools.searching.candidates import Candidate, candidates_for, measured
+from dittools.searching.cost import flops_table
+from dittools.searching.measure import Score, turns
+from dittools.searching.probe import Probe, Sites
+from dittools.searching.request import Constraints
+from dittools.searching.rows import sample_rows
+from dittools.searching.solver import Solver
+from dittools.searching.table import Table, flat_weights, merge, plan_of, survivors
+from dittools.searching.verify import Trial
+from dittools.searching.weigh import factors
+
+GRID = TokenGrid(4, 6, 6)
+FACTS = ModelFacts("X", 1, 2, 16)
+
+
+def _sites(sampled: set[int], passed: frozenset[str] = frozenset()) -> Sites:
+    rows = sample_rows(GRID.total, 36, 0)
+    return Sites(GRID, 1, 2, (0.0, 0.5, 1.0), 8, frozenset(sampled), rows, passed)
+
+
+def _seen(candidates: list[Candidate]) -> Table:
+    probe = Probe(_sites({0, 4}), candidates, [None])
+    for step in (0, 4):
+        generator = torch.Generator().manual_seed(step)
+        q, k, v = torch.randn(3, 1, GRID.total, 2, 16, generator=generator).unbind()
+        call = AttentionCall(3 * q, k, v, GRID, step=step, steps=8, branch="cond")
+        probe.attend(call, load("reference"))
+        probe.attend(replace(call, branch="uncond"), load("reference"))
+    return merge([probe.results()], candidates, probe.sites)
+
+
+def _solver(table: Table) -> Solver:
+    return Solver(table, flat_weights(table), flops_table(GRID, 2, 16), Constraints(), FACTS)
+
+
+def test_two_prompts_look_at_the_steps_of_a_range_by_turns() -> None:
+    one, two, three = turns(_sites({0, 1, 2, 3, 5, 6}), 3)
+    assert (one.sampled, two.sampled) == ({0, 2, 5}, {1, 3, 6})
+    assert three.sampled == one.sampled
+    assert turns(_sites({0, 3, 5}), 1)[0].sampled == {0, 3, 5}  # the only prompt sees all
+    assert [s.sampled for s in turns(_sites({1, 5}), 2)] == [{1, 5}] * 2  # one step in a range
+
+
+def test_a_branch_that_is_passed_over_is_answered_dense_and_not_counted() -> None:
+    probe = Probe(_sites({0}, frozenset({"uncond"})), candidates_for(GRID, ["gna"]), [None])
+    q, k, v = torch.randn(3, 1, GRID.total, 2, 16).unbind()
+    call, backend = AttentionCall(q, k, v, GRID, steps=8, branch="uncond"), load("reference")
+    assert torch.equal(probe.attend(call, backend), backend.dense(call))
+    assert not probe.calls.any()
+    probe.attend(replace(call, branch="cond"), backend)
+    assert probe.calls.sum() == 1
+
+
+def test_layers_and_ranges_are_told_apart_by_one_generation_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    error, layer, part = (
+        torch.rand(shape, generator=generator).double() + 0.1 for shape in ((5, 4), (5,), (4,))
+    )
+    harm = layer[:, None] * part * error
+    found = factors(error, harm.sum(dim=1), harm.sum(dim=0))
+    assert torch.allclose(found, layer[:, None] * part)
+    by_layer = harm.sum(dim=1)
+    by_layer[2] = 0.0  # not looked at: between its neighbours, in logarithms
+    found = factors(error, by_layer, harm.sum(dim=0))
+    ratio = found[:, 0] / found[0, 0]
+    assert float(ratio[2]) == pytest.approx(float((ratio[1] * ratio[3]).sqrt()))
+    assert bool((factors(error, by_layer * 0, by_layer[:4] * 0) == 1).all())
+
+
+def test_only_a_layer_or_only_a_range_can_be_sparse() -> None:
+    table = _seen(candidates_for(GRID, ["gna"]))
+    choice = torch.ones(4, dtype=torch.int64)
+    assert [r.steps for r in plan_of(table, choice, FACTS).rules] == ["all"]
+    assert [r.steps for r in plan_of(table, choice, FACTS, only=(None, 1)).rules] == [(0.5, 1.0)]
+    assert [r.steps for r in plan_of(table, choice, FACTS, only=(0, None)).rules] == ["all"]
+    assert plan_of(table, choice, FACTS, only=(1, None)).rules == ()
+
+
+def test_a_density_is_asked_of_what_is_worked_through() -> None:
+    """A mask that keeps few pairs of many blocks is no cheaper than one that keeps them whole."""
+    dense = candidates_for(GRID, ["gna"])[0]
+    cut, whole = (
+        measured(build(*how), GRID)
+        for how in (
+            ("gna", {"window": ("full", 3, 3), "stride": 1, "block_size": 64}),
+            ("gna", {"window": (0.5, "full", "full"), "block_size": 16}),
+        )
+    )
+    assert cut is not None
+    assert whole is not None
+    assert cut.density < whole.density <= whole.computed < cut.computed
+    table = _seen([dense, cut, whole])
+    solver = _solver(table)
+    for budget in (whole.computed, 0.9):
+        found = solver.solve(budget)
+        assert found.density <= found.executed <= budget + 1e-9
+    assert solver.solve(whole.computed).choice.tolist() == [2] * 4
+    assert survivors(replace(table, error=torch.ones_like(table.error)), most=1) == [2]
+
+
+def test_what_a_verified_plan_worked_through_follows_what_it_kept() -> None:
+    found = _solver(_seen(candidates_for(GRID, ["clear"]))).solve(0.9)
+    assert found.executed > found.density
+    score = Score((30.0,), (0.9,), (0.001,), found.density * 1.1)
+    assert Trial(0.9, found, 30.0, score).executed == pytest.approx(found.executed * 1.1)
