@@ -46,25 +46,37 @@ def dense(call: AttentionCall) -> torch.Tensor:
     return BACKEND.dense(call)
 
 
-def some_blocks(call: AttentionCall, share: float) -> torch.Tensor:
-    blocks = -(-call.grid.tokens // SIZE)
-    return torch.rand(call.head_count, blocks, blocks) < share
+def some_blocks(call: AttentionCall, share: float, key_size: int = SIZE) -> torch.Tensor:
+    blocks, key_blocks = (-(-call.grid.tokens // size) for size in (SIZE, key_size))
+    return torch.rand(call.head_count, blocks, key_blocks) < share
 
 
-def compensated(call: AttentionCall, kept: torch.Tensor, names: tuple[str, ...] = ("hwf",)) -> Any:
+def compensated(
+    call: AttentionCall,
+    kept: torch.Tensor,
+    names: tuple[str, ...] = ("hwf",),
+    key_size: int = SIZE,
+) -> Any:
     """Return the output, mask and order of kept blocks with the others pooled."""
     order = padded_order(call.grid, names, SIZE)
-    runs = pool_runs(call, order, kept.shape[1], SIZE, SIZE)
-    mask = block_mask(kept, call.grid, order, SIZE, True)
+    runs = pool_runs(call, order, kept.shape[2], key_size, key_size)
+    mask = block_mask(kept, call.grid, order, SIZE, True, key_size)
     return BACKEND.block_sparse(with_pooled_keys(call, runs), mask), mask, order
 
 
-def by_definition(call: AttentionCall, kept: torch.Tensor, order: Any) -> torch.Tensor:
+def groups_of(order: Any, head: int, size: int, blocks: int) -> list[torch.Tensor]:
+    """Return the tokens of the first blocks."""
+    return [g[g >= 0] for g in order.index[head % len(order.index)].view(-1, size)[:blocks]]
+
+
+def by_definition(
+    call: AttentionCall, kept: torch.Tensor, order: Any, key_size: int = SIZE
+) -> torch.Tensor:
     """One softmax per query over kept tokens, text, and means that weigh as many tokens."""
     grid, out = call.grid, torch.empty_like(call.query)
-    groups = order.index[0].view(-1, SIZE)[: kept.shape[1]]
-    groups = [g[g >= 0] for g in groups]
-    owner = {int(t): i for i, g in enumerate(groups) for t in g}
+    asked = groups_of(order, 0, SIZE, kept.shape[1])
+    owner = {int(t): i for i, g in enumerate(asked) for t in g}
+    groups = groups_of(order, 0, key_size, kept.shape[2])
     text = [t for t in range(grid.total) if t not in owner]
     for head in range(call.head_count):
         q, k, v = (x[0, :, head] for x in (call.query, call.key, call.value))
@@ -84,15 +96,22 @@ def by_definition(call: AttentionCall, kept: torch.Tensor, order: Any) -> torch.
 # --- pooled compensation
 
 
+@pytest.mark.parametrize("key_size", [SIZE, 8])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_skipped_blocks_take_part_as_their_means_in_one_softmax(grid: TokenGrid) -> None:
+def test_skipped_blocks_take_part_as_their_means_in_one_softmax(
+    grid: TokenGrid, key_size: int
+) -> None:
     call = call_of(grid)
-    kept = some_blocks(call, 0.3)
-    out, mask, order = compensated(call, kept)
-    torch.testing.assert_close(out, by_definition(call, kept, order))
-    sizes = torch.full((kept.shape[1],), SIZE)
+    kept = some_blocks(call, 0.3, key_size)
+    out, mask, order = compensated(call, kept, key_size=key_size)
+    torch.testing.assert_close(out, by_definition(call, kept, order, key_size))
+    sizes, keys = (
+        torch.full((count,), size)
+        for count, size in zip(kept.shape[1:], (SIZE, key_size), strict=True)
+    )
     sizes[-1] = grid.tokens - SIZE * (len(sizes) - 1)
-    pairs = torch.einsum("hij,i,j->h", kept.double(), sizes.double(), sizes.double())
+    keys[-1] = grid.tokens - key_size * (len(keys) - 1)
+    pairs = torch.einsum("hij,i,j->h", kept.double(), sizes.double(), keys.double())
     pairs += torch.einsum("hij,i->h", (~kept).double(), sizes.double())
     pairs += grid.total**2 - grid.tokens**2
     assert mask.density == pytest.approx(float(pairs.mean()) / grid.total / mask.kv_tokens)
@@ -151,13 +170,14 @@ def test_keys_that_are_masked_out_enter_no_mean() -> None:
     torch.testing.assert_close(out, compensated(clean, kept, ("fhw",))[0])
 
 
+@pytest.mark.parametrize("key_size", [SIZE, 8])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_single_rows_are_those_of_the_whole(grid: TokenGrid) -> None:
+def test_single_rows_are_those_of_the_whole(grid: TokenGrid, key_size: int) -> None:
     call, rows = call_of(grid), torch.tensor([1, 17, 40]) + grid.text_before
-    kept = some_blocks(call, 0.3)
-    out, _, order = compensated(call, kept)
-    runs = pool_runs(call, order, kept.shape[1], SIZE, SIZE)
-    found = sparse_rows(with_pooled_keys(call, runs), rows, kept, order, SIZE)
+    kept = some_blocks(call, 0.3, key_size)
+    out, _, order = compensated(call, kept, key_size=key_size)
+    runs = pool_runs(call, order, kept.shape[2], key_size, key_size)
+    found = sparse_rows(with_pooled_keys(call, runs), rows, kept, order, SIZE, key_size)
     torch.testing.assert_close(found.double(), out[:, rows], atol=1e-5, rtol=1e-5)
 
 
@@ -363,18 +383,30 @@ def test_probe_rows_come_out_dense_and_no_other_row_is_touched_without_repair(mo
         assert torch.equal(out[:, others], plain[:, others])
 
 
-def test_it_is_the_program_of_its_parts() -> None:
+@pytest.mark.parametrize("score", ["error", "mass"])
+@pytest.mark.parametrize("key_size", [SIZE, 8])
+def test_it_is_the_program_of_its_parts(key_size: int, score: str) -> None:
     call = call_of(TokenGrid(3, 6, 7))
     method = Metered(
-        mode="pooled", order="wfh", probes=0, refresh=0.0, block_size=SIZE, density=0.3
+        mode="pooled",
+        order="wfh",
+        probes=0,
+        block_size=SIZE,
+        key_block=key_size,
+        density=0.3,
+        score=score,
     )
     memory = call.memory
     out = method.attend(call, BACKEND)
     (state,) = memory.values()
-    assert state.kept.sum(dim=(1, 2)).tolist() == [round(0.3 * 64)] * 3
+    assert state.kept.sum(dim=(1, 2)).tolist() == [round(0.3 * 8 * 128 // key_size)] * 3
     torch.testing.assert_close(
-        out, by_definition(call, state.kept, state.order), atol=1e-6, rtol=1e-6
+        out, by_definition(call, state.kept, state.order, key_size), atol=1e-6, rtol=1e-6
     )
+    drop = replace(method, mode="drop")
+    drop.attend(replace(call, memory=memory), BACKEND)
+    kept = memory[next(k for k in memory if "'drop'" in k)].kept.view(3, 8, 8, -1)
+    assert kept.diagonal(dim1=1, dim2=2).all()  # keys of the queries' own block
 
 
 def test_repair_mends_more_than_pooling_and_pooling_more_than_dropping() -> None:
@@ -605,6 +637,8 @@ def test_fewer_tokens_than_probes_or_than_a_block_are_refused() -> None:
         ({"mode": "mend"}, "'drop', 'pooled', 'repair'"),
         ({"order": "zyx"}, "'auto', or one of fhw"),
         ({"order": ("auto", "fhw")}, "'auto', or one of fhw"),
+        ({"key_block": 48}, "0, or a divisor of block_size (128)"),
+        ({"key_block": 4}, "at least 8"),
         ({"probes": 4}, "at least 8 with mode='repair'"),
         ({"ceiling": 0.5}, "above 0, with probes"),
         ({"start": 0.2}, "above 0, with probes"),

@@ -187,9 +187,10 @@ def sampled_mass(
     run: int = 1,
     blocks: int = 0,
     turn: int = 0,
+    key_block: int = 0,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return float32 [H, query blocks, blocks]: the mass of every block, summed over its samples.
+    """Return float32 [H, query blocks, key blocks]: the mass of each, summed over its samples.
 
     Args:
         query: [S, H, D].
@@ -199,13 +200,14 @@ def sampled_mass(
         block_size: slots per block.
         scale: factor on the scores.
         rows: queries per block, evenly spaced.
-        run: keys that are pooled, a divisor of block_size; 1 pools none.
+        run: keys that are pooled, a divisor of the keys per block; 1 pools none.
         blocks: query blocks looked at, 0 for all.
         turn: looks at other queries, as `slots_amid` says.
+        key_block: slots per block of keys; 0 for block_size.
         bias: float [H or 1, S or more] added to the scaled scores.
     """
     slots = sampled_slots(tokens, block_size, rows, blocks, turn).to(query.device)
-    keys = pool_keys(key, index, tokens, block_size, run, bias)
+    keys = pool_keys(key, index, tokens, key_block or block_size, run, bias)
     shares = block_shares(gather_heads(query, index[:, slots]), keys, scale)
     owner = torch.unique_consecutive(slots // block_size, return_inverse=True)[1]
     mass = shares.new_zeros((shares.shape[0], int(owner[-1]) + 1, shares.shape[2]))

@@ -91,55 +91,65 @@ def with_pooled_keys(call: AttentionCall, pooled: Runs) -> AttentionCall:
 
 
 def block_mask(
-    kept: torch.Tensor, grid: TokenGrid, order: TokenOrder, size: int, pooled: bool
+    kept: torch.Tensor,
+    grid: TokenGrid,
+    order: TokenOrder,
+    size: int,
+    pooled: bool,
+    key_size: int = 0,
 ) -> BlockMask:
     """Return the mask over all slots: kept blocks, text dense both ways, and pooled keys behind.
 
     Args:
-        kept: bool [H, blocks, blocks] over the grid's tokens.
+        kept: bool [H, blocks, key blocks] over the grid's tokens.
         grid: geometry; its text fills the blocks behind.
         order: padded, so that text starts a block.
         size: slots per block.
         pooled: whether one key per block follows, seen by the blocks that skip it.
+        key_size: slots per block of keys, a divisor of `size`; 0 for as many.
     """
-    heads, blocks, _ = kept.shape
-    rows = order.slots // size
-    behind = -(-blocks // size) if pooled else 0
-    keep = kept.new_zeros((heads, rows, rows + behind))
-    keep[:, :blocks, :blocks] = kept
-    keep[:, blocks:, :rows] = True
-    keep[:, :, blocks:rows] = True
-    pairs = kept_pairs(kept, grid, size, pooled)
+    heads, blocks, key_blocks = kept.shape
+    key_size = key_size or size
+    sizes = size if key_size == size else (size, key_size)
+    rows, columns = order.slots // size, order.slots // key_size
+    behind = -(-key_blocks // key_size) if pooled else 0
+    keep = kept.new_zeros((heads, rows, columns + behind))
+    keep[:, :blocks, :key_blocks] = kept
+    keep[:, blocks:, :columns] = True
+    keep[:, :, blocks * size // key_size : columns] = True
+    pairs = kept_pairs(kept, grid, size, pooled, key_size)
     total = grid.total
     if not pooled:
-        return BlockMask(keep, size, order=order, q_tokens=total, kv_tokens=total, pairs=pairs)
-    short = behind * size - blocks
-    bits = torch.nn.functional.pad(~kept, (0, short)).unflatten(2, (behind, size))
+        return BlockMask(keep, sizes, order=order, q_tokens=total, kv_tokens=total, pairs=pairs)
+    short = behind * key_size - key_blocks
+    bits = torch.nn.functional.pad(~kept, (0, short)).unflatten(2, (behind, key_size))
     some = bits.any(-1)
-    real = torch.arange(behind * size, device=kept.device).view(behind, size) < blocks
+    real = torch.arange(behind * key_size, device=kept.device).view(behind, key_size) < key_blocks
     part = some & ~(bits | ~real).all(-1)
-    keep[:, :blocks, rows:] = some
+    keep[:, :blocks, columns:] = some
     index = torch.full(keep.shape, -1, dtype=torch.int32, device=kept.device)
     place = part.flatten().cumsum(0, dtype=torch.int32).view(part.shape) - 1
-    index[:, :blocks, rows:] = torch.where(part, place, -1)
+    index[:, :blocks, columns:] = torch.where(part, place, -1)
     tiles = pack_bits(bits[part])[:, None].expand(-1, size, -1).contiguous()
     cut = len(tiles) > 0
     return BlockMask(
         keep,
-        size,
+        sizes,
         tile_index=index if cut else None,
         tiles=tiles if cut else None,
         order=order,
         q_tokens=total,
-        kv_tokens=total + blocks,
+        kv_tokens=total + key_blocks,
         pairs=pairs,
     )
 
 
-def kept_pairs(kept: torch.Tensor, grid: TokenGrid, size: int, pooled: bool) -> torch.Tensor:
+def kept_pairs(
+    kept: torch.Tensor, grid: TokenGrid, size: int, pooled: bool, key_size: int = 0
+) -> torch.Tensor:
     """Return float64 [H]: the pairs of `block_mask`, pooled keys and text included."""
     sizes = block_sizes(grid.tokens, size, kept).double()
-    each = (kept.double() @ sizes) @ sizes
+    each = (kept.double() @ block_sizes(grid.tokens, key_size or size, kept).double()) @ sizes
     text = float(grid.total**2 - grid.tokens**2)
     tail = ((~kept).double().sum(2) @ sizes) if pooled else 0.0
     return each + text + tail
@@ -168,23 +178,30 @@ def padded_order(grid: TokenGrid, names: tuple[str, ...], size: int) -> TokenOrd
 
 
 def sparse_rows(
-    call: AttentionCall, rows: torch.Tensor, kept: torch.Tensor, order: TokenOrder, size: int
+    call: AttentionCall,
+    rows: torch.Tensor,
+    kept: torch.Tensor,
+    order: TokenOrder,
+    size: int,
+    key_size: int = 0,
 ) -> torch.Tensor:
     """Return float32 [1, R, H, D]: what `block_mask` would give some queries of the grid.
 
     Args:
         call: batch 1, pooled keys behind its own or none.
         rows: int64 [R], tokens of the grid.
-        kept: bool [H, blocks, blocks].
+        kept: bool [H, blocks, key blocks].
         order: slots the blocks are cut from.
         size: slots per block.
+        key_size: slots per block of keys; 0 for as many.
     """
-    heads, blocks, _ = kept.shape
-    grid = call.grid
-    block = order.inverse.expand(heads, -1) // size  # [H, S], text past the last
-    own = torch.nn.functional.pad(kept, (0, order.slots // size - blocks), value=True)
-    line = own.gather(1, block[:, rows][..., None].expand(-1, -1, own.shape[2]))  # [H, R, blocks]
-    seen = line.gather(2, block[:, None].expand(-1, len(rows), -1))  # [H, R, S]
+    heads, _, blocks = kept.shape
+    grid, key_size = call.grid, key_size or size
+    slot = order.inverse.expand(heads, -1)  # [H, S], text past the last block
+    own = torch.nn.functional.pad(kept, (0, order.slots // key_size - blocks), value=True)
+    asked = (slot[:, rows] // size)[..., None].expand(-1, -1, own.shape[2])
+    line = own.gather(1, asked)  # [H, R, key blocks]
+    seen = line.gather(2, (slot // key_size)[:, None].expand(-1, len(rows), -1))  # [H, R, S]
     if call.key.shape[1] > grid.total:
         seen = torch.cat((seen, ~line[..., :blocks]), dim=2)
     query = call.query[0, rows].transpose(0, 1).float() * call.softmax_scale

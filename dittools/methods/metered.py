@@ -74,6 +74,9 @@ class Metered:
         choices=("error", "mass"),
     )
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
+    key_block: int = param(
+        0, "the keys per block, a divisor of `block_size`; 0 for as many", least=0, most=1024
+    )
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
     carry: float = param(
         0.5,
@@ -118,6 +121,9 @@ class Metered:
         if not names or any(n not in known and (n != "auto" or len(names) > 1) for n in names):
             expected = f"'auto', or one of {', '.join(known)}, once or per head"
             raise bad_param(self, "order", expected=expected)
+        if self.key_block and (self.key_block < 8 or self.block_size % self.key_block):
+            expected = f"0, or a divisor of block_size ({self.block_size}) of at least 8"
+            raise bad_param(self, "key_block", expected=expected)
         if self.mode == "repair" and self.probes < 8:
             raise bad_param(self, "probes", expected="at least 8 with mode='repair'")
         if (self.ceiling > 0 or self.start > 0) and not (self.limit > 0 and self.probes):
@@ -138,6 +144,11 @@ class Metered:
             )
         return reasons
 
+    @property
+    def key_size(self) -> int:
+        """Keys per block."""
+        return self.key_block or self.block_size
+
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return [B, S, H, D] in the dtype of call.query; what was chosen stays in call.memory."""
         if self.density >= 1:
@@ -155,8 +166,7 @@ class Metered:
         stale = self._stale(call, state, starting)
         made, runs = call, None
         if self.mode != "drop" or len(stale):
-            blocks = -(-call.grid.tokens // size)
-            runs = pool_runs(call, state.order, blocks, size, run_length(size))
+            runs = self.runs(call, state.order)
         if runs is not None and len(stale):
             self._choose(call, state, runs, stale, starting)
         if runs is not None and self.mode != "drop":
@@ -172,7 +182,7 @@ class Metered:
         exact = rows_by_backend(call, backend, rows)
         if starting:  # what the rows would be if no head were held dense
             assert state.kept is not None
-            found = sparse_rows(made, rows, state.kept, state.order, size)
+            found = sparse_rows(made, rows, state.kept, state.order, size, self.key_size)
         else:
             found = out.index_select(1, rows)
         return self._mended(call, backend, out, (rows, exact, found), state)
@@ -207,14 +217,15 @@ class Metered:
             more = self._kept(call, score, self.ceiling)
             kept = torch.where(state.high[at, None, None], more, kept)
         if self.mode == "drop":
-            kept.diagonal(dim1=1, dim2=2).fill_(True)
+            column = torch.arange(kept.shape[2], device=kept.device)
+            kept[:, column * self.key_size // self.block_size, column] = True
         state.chosen(kept, at)
         state.held = None
         if starting:
             state.held = torch.ones_like(kept[:, 0, 0]) if state.high is None else state.high
 
     def _kept(self, call: AttentionCall, score: torch.Tensor, density: float) -> torch.Tensor:
-        """Return bool like the scores [n, blocks, blocks] of the heads that choose."""
+        """Return bool like the scores [n, blocks, key blocks] of the heads that choose."""
         if self.per_head:
             return keep_share(score, density, True)
         if call.peers is None:  # all heads of the items that choose
@@ -231,7 +242,9 @@ class Metered:
             dense = state.dense()
             run = state.kept if dense is None else state.kept | dense[:, None, None]
             pooled = self.mode != "drop"
-            state.mask = block_mask(run, call.grid, state.order, self.block_size, pooled)
+            state.mask = block_mask(
+                run, call.grid, state.order, self.block_size, pooled, self.key_size
+            )
         return state.mask
 
     def _rows(self, call: AttentionCall) -> torch.Tensor:
@@ -289,11 +302,18 @@ class Metered:
         tell(backend, f"metered ran heads dense, their probe rows were not finite: {named}")
         out[:, :, bad] = backend.dense(call.heads(heads)).to(out.dtype)
 
+    def runs(self, call: AttentionCall, order: TokenOrder) -> Runs:
+        """Return the keys and values of every block of keys, pooled in runs."""
+        size = self.key_size
+        return pool_runs(call, order, -(-call.grid.tokens // size), size, run_length(size))
+
     def scores(self, call: AttentionCall, order: TokenOrder, runs: Runs) -> torch.Tensor:
-        """Return float32 [H, blocks, blocks]: what each block is worth to each block of queries."""
+        """Return float32 [H, blocks, key blocks]: what keys are worth to blocks of queries."""
         turn = call.step if self.carry else 0
         if self.score == "mass":
             index = without_padding(order, call.grid, self.block_size)
-            return block_mass(call, index, self.block_size, self.rows, turn=turn)
+            return block_mass(
+                call, index, self.block_size, self.rows, turn=turn, key_size=self.key_size
+            )
         pooled = self.mode != "drop"
         return error_scores(call, order, runs, self.block_size, self.rows, pooled, turn)

@@ -72,13 +72,13 @@ def error_scores(
     pooled: bool,
     turn: int = 0,
 ) -> torch.Tensor:
-    """Return float32 [H, blocks, blocks]: the error of skipping each block of keys.
+    """Return float32 [H, blocks, key blocks]: the error of skipping each block of keys.
 
     Args:
         call: of batch 1.
         order: slots the blocks are cut from.
         runs: of its keys and values.
-        size: tokens per block.
+        size: tokens per block of queries.
         rows: queries per block that stand for it.
         pooled: whether skipped blocks are replaced by their means.
         turn: looks at other queries, as `slots_amid` says.
@@ -99,9 +99,15 @@ def error_scores(
 
 
 def block_mass(
-    call: AttentionCall, index: torch.Tensor, size: int, rows: int, blocks: int = 0, turn: int = 0
+    call: AttentionCall,
+    index: torch.Tensor,
+    size: int,
+    rows: int,
+    blocks: int = 0,
+    turn: int = 0,
+    key_size: int = 0,
 ) -> torch.Tensor:
-    """Return float32 [H, blocks, blocks]: attention mass of every block, as PARO estimates it."""
+    """Return float32 [H, blocks, key blocks]: attention mass, as PARO estimates it."""
     bias = call.additive_mask()
     return sampled_mass(
         call.query[0],
@@ -111,9 +117,10 @@ def block_mass(
         size,
         call.softmax_scale,
         rows=rows,
-        run=run_length(size),
+        run=run_length(key_size or size),
         blocks=blocks,
         turn=turn,
+        key_block=key_size,
         bias=None if bias is None else bias[0],
     )
 

@@ -15,7 +15,7 @@ class State:
 
     Attributes:
         order: slots of every head.
-        kept: bool [H, blocks, blocks], what was chosen.
+        kept: bool [H, blocks, key blocks], what was chosen.
         mask: what runs; None when it has to be made of `kept` again.
         base: float [H], error on the probe rows when a head's blocks were chosen; NaN before.
         last: the same at the last call.
@@ -24,7 +24,7 @@ class State:
         held: bool [H], heads that are dense in the start of the run.
         broken: bool [H], heads that stay dense, their probes were not finite.
         rows: probe rows of earlier calls.
-        scores: bfloat16 [H, blocks, blocks], what blocks were worth when they were chosen.
+        scores: bfloat16 [H, blocks, key blocks], what blocks were worth when they were chosen.
         step: of these scores.
     """
 
@@ -54,7 +54,7 @@ class State:
     def with_scores(
         self, score: torch.Tensor, which: torch.Tensor, step: int, carry: float
     ) -> torch.Tensor:
-        """Return the scores [n, blocks, blocks] of the heads `which`, int64 [n], and earlier ones.
+        """Return scores [n, blocks, key blocks] of the heads `which`, earlier ones added.
 
         Earlier ones count `carry` times what they did. They are kept in half precision: that is
         enough to rank by, and long sequences have many blocks. Those of a run before are forgotten.
@@ -71,7 +71,7 @@ class State:
         return score
 
     def chosen(self, kept: torch.Tensor, which: torch.Tensor) -> None:
-        """Take blocks [n, blocks, blocks] of the heads `which`, int64 [n]."""
+        """Take blocks [n, blocks, key blocks] of the heads `which`, int64 [n]."""
         if self.kept is None or len(which) == len(self.kept):
             self.kept = kept
             self.base = None
