@@ -49,8 +49,9 @@ class Nothing:
 
     name = "nothing"
 
-    def __init__(self) -> None:
-        """Start with nothing asked."""
+    def __init__(self, tokens: int) -> None:
+        """Start with nothing asked, of calls of so many tokens."""
+        self._tokens = tokens
         self._calls: list[tuple[int, float, BlockMask | None]] = []
         self.seconds = 0.0
 
@@ -78,7 +79,7 @@ class Nothing:
         self, call: AttentionCall, mask: BlockMask, *, return_lse: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return ones."""
-        pairs = call.query.shape[1] * call.key.shape[1] / call.grid.total**2
+        pairs = call.query.shape[1] * call.key.shape[1] / self._tokens**2
         self._calls.append((call.head_count, pairs, mask))
         out = self._ones(call.query.shape, call.query.dtype)
         return (out, self._ones(out.shape[:3], torch.float32)) if return_lse else out
@@ -122,7 +123,7 @@ def measure(
         memories: dict[int, dict[str, object]] = {layer: {} for layer in layers}
         found = {"dense": cpu_seconds(lambda: F.scaled_dot_product_attention(*across))}
         for step_name, step in STEPS.items():
-            backend, spent = Nothing(), 0.0
+            backend, spent = Nothing(grid.total), 0.0
             for layer, memory in memories.items():
                 call = AttentionCall(q, k, v, grid, layer=layer, step=step, steps=10, memory=memory)
                 spent += cpu_seconds(lambda c=call, b=backend: method.attend(c, b))  # type: ignore[misc]

@@ -11,6 +11,7 @@ from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
+from dittools.methods.key_blocks import _COPIES
 from dittools.methods.vmoba import KINDS, VMoBA, block_keys, block_sides, partition, select
 from dittools.patches import attach
 from dittools.patches.meter import Meter
@@ -287,21 +288,23 @@ def test_a_single_block_is_dense() -> None:
         assert torch.equal(VMoBA(rule=rule).attend(call, BACKEND), BACKEND.dense(call))
 
 
-def test_copies_of_queries_are_chunked_over_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_queries_are_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(TokenGrid(5, 7, 9, 4, 3), layer=2)
     bias = torch.randn(1, 3, call.grid.total)
     call = replace(call, key_bias=bias)
     whole = {rule: VMoBA(rule=rule, block_size=32).attend(call, BACKEND) for rule in RULES}
-    monkeypatch.setattr("dittools.methods.vmoba._COPIES", 1)
-    for rule in RULES:
-        parts = VMoBA(rule=rule, block_size=32).attend(call, BACKEND)
-        torch.testing.assert_close(parts, whole[rule], atol=1e-6, rtol=0)
+    for room in (1, 8 * 300, 8 * 1000):  # a query, some of a head's, some heads at a time
+        monkeypatch.setitem(_COPIES, True, room)
+        for rule in RULES:
+            parts = VMoBA(rule=rule, block_size=32).attend(call, BACKEND)
+            torch.testing.assert_close(parts, whole[rule], atol=1e-6, rtol=0)
 
 
 def test_the_gate_is_chunked_over_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     call = call_of(TokenGrid(6, 4, 5))
     whole = {rule: VMoBA(rule=rule).attend(call, BACKEND) for rule in RULES}
     monkeypatch.setattr("dittools.methods.vmoba._GATE_SCORES", 1)
+    monkeypatch.setattr("dittools.methods.vmoba._CACHED_SCORES", 1)
     for rule in RULES:
         assert torch.equal(VMoBA(rule=rule).attend(call, BACKEND), whole[rule])
 

@@ -11,6 +11,10 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 
+# elements of copied queries held at a time, on a CPU or elsewhere; what is freed below 32 MiB is
+# used again by glibc, above it every page is mapped anew
+_COPIES = {True: 7 * 2**20, False: 2**27}
+
 
 class KeyBlocks:
     """The keys of one call laid out by block, every block padded to whole tiles, the text last."""
@@ -25,17 +29,19 @@ class KeyBlocks:
         """
         self.call, self.tile = call, tile
         grid, device = call.grid, call.query.device
+        self.first_row = grid.text_before
         video = slice(grid.text_before, grid.text_before + grid.tokens)
-        group = torch.full((grid.total,), int(block.max()) + 1, device=device)
+        blocks = int(block.max()) + 1
+        group = torch.full((grid.total,), blocks, device=device)
         group[video] = block
-        self.groups = int(block.max()) + 1 + (grid.text > 0)
-        self.counts = counts = torch.bincount(group, minlength=self.groups)
+        groups = blocks + (grid.text > 0)
+        self.counts = counts = torch.bincount(group, minlength=groups)
         tiles = -(-counts // tile)
         start = (tiles.cumsum(0) - tiles) * tile
         by_block = group.argsort(stable=True)
         ordered = group[by_block]
         rank = torch.arange(grid.total, device=device) - (counts.cumsum(0) - counts)[ordered]
-        self.owner = torch.arange(self.groups, device=device).repeat_interleave(tiles)
+        self.owner = torch.arange(groups, device=device).repeat_interleave(tiles)
         slots = len(self.owner) * tile
         slot = start[ordered] + rank
         token = slot.new_full((slots,), 0).scatter_(0, slot, by_block)
@@ -44,42 +50,68 @@ class KeyBlocks:
         heads = 1 if bias is None else bias.shape[1]
         self.bias = torch.full((1, heads, slots), float("-inf"), device=device)
         self.bias[0, :, slot] = 0.0 if bias is None else bias[0][:, by_block].float()
-        video_rows = call.query[0, video].transpose(0, 1)
-        padded = torch.nn.functional.pad(video_rows, (0, 0, 0, 1))  # the last row is a hole
-        self.rows = padded.reshape(-1, call.query.shape[3])
 
-    def attend(self, backend: Backend, choice: torch.Tensor, first_head: int) -> torch.Tensor:
-        """Return float [H, S, D] of the grid's queries over the groups each of them chose.
+    def attend(self, backend: Backend, member: torch.Tensor) -> torch.Tensor:
+        """Return float [1, S, H, D] of the grid's queries over the groups each of them chose.
+
+        As many heads at a time as there is room for, or a part of the queries of one.
 
         Args:
-            backend: runs the one launch.
-            choice: int64 [H, S, most], groups without repeats; `groups` for none.
-            first_head: head of the call that the first row of `choice` is.
+            backend: runs the launches.
+            member: bool [H, groups, S], the queries that chose each group; each chose some.
         """
-        heads, tokens, most = choice.shape
-        tile, device = self.tile, choice.device
-        chosen = choice.transpose(1, 2)  # [H, most, S]
-        member = torch.zeros((heads, self.groups + 1, tokens), dtype=torch.uint8, device=device)
-        member.scatter_(1, chosen, 1)
-        rank = member.cumsum(2, dtype=torch.int32)  # place of each query within a group, from 1
-        members = rank[:, : self.groups, -1].long()
-        tiles = -(-members // tile)
+        (heads, _, tokens), width = member.shape, self.call.query.shape[3]
+        room = max(1, _COPIES[member.device.type == "cpu"] // width)
+        copies = -(-int(member.count_nonzero()) // heads)  # of a head
+        some, pieces = max(1, room // copies), -(-copies // room)
+        if some >= heads and pieces == 1:
+            return self._attend_some(backend, member, 0, 0)[None]
+        wide = torch.promote_types(self.call.query.dtype, torch.float32)
+        out = torch.empty((1, tokens, heads, width), dtype=wide, device=member.device)
+        part = -(-tokens // pieces)
+        for head in range(0, heads, some):
+            for token in range(0, tokens, part):
+                of, queries = slice(head, head + some), slice(token, token + part)
+                chosen = member[of, :, queries].contiguous()
+                out[0, queries, of] = self._attend_some(backend, chosen, head, token)
+        return out
+
+    def _attend_some(
+        self, backend: Backend, member: torch.Tensor, first_head: int, first_token: int
+    ) -> torch.Tensor:
+        """Return float [S, H, D] of the heads and queries that `member` is about."""
+        (heads, groups, tokens), device, tile = member.shape, member.device, self.tile
+        chosen = member.flatten().nonzero().flatten()  # group after group
+        edge = torch.arange(heads * groups + 1, device=device) * tokens
+        first = torch.searchsorted(chosen, edge)
+        sizes = first.diff()
+        tiles = -(-sizes // tile).view(heads, groups)
         ends = tiles.cumsum(1)
         q_tiles = int(ends[:, -1].max())
-        start = torch.nn.functional.pad((ends - tiles) * tile, (0, 1), value=q_tiles * tile)
-        slot = start.gather(1, chosen.flatten(1)) + rank.gather(1, chosen).flatten(1) - 1
-        slot.clamp_(max=q_tiles * tile)  # all that chose none share one slot, which is dropped
-        token = torch.full((heads, q_tiles * tile + 1), tokens, device=device)
-        token.scatter_(1, slot, torch.arange(tokens, device=device).repeat(most).expand(heads, -1))
-        head = torch.arange(first_head, first_head + heads, device=device)[:, None]
-        query = self.rows.index_select(0, (token[:, :-1] + head * (tokens + 1)).flatten())
+
+        def each(of_group: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
+            return of_group.flatten().repeat_interleave(sizes, output_size=len(chosen)).add_(plus)
+
+        head = torch.arange(heads, device=device)[:, None].expand(-1, groups)
+        rank = torch.arange(len(chosen), device=device)
+        slot = each((ends - tiles + head * q_tiles) * tile - first[:-1].view(heads, -1), rank)
+        token = each(-edge[:-1], chosen)
+        # rows are those of call.query, token after token
+        offset = self.first_row + first_token
+        many = self.call.query.shape[2]
+        row = each(offset * many + first_head + head, token * many)
+        source = row.new_zeros(heads * q_tiles * tile)  # a hole holds any row
+        source.scatter_(0, slot, row)
+        query = self.call.query.reshape(-1, self.call.query.shape[3]).index_select(0, source)
         query = query.view(1, heads, q_tiles * tile, -1).transpose(1, 2)
         place = torch.arange(q_tiles, device=device).expand(heads, -1).contiguous()
         of_tile = torch.searchsorted(ends, place, right=True)  # past the last tile: no group
         keep = of_tile[..., None] == self.owner
-        pairs = (members * self.counts).double().sum(1)
+        pairs = (sizes.view(heads, groups) * self.counts).double().sum(1)
         out, lse = self._run(backend, query, keep, pairs, first_head)
-        return _merge(out, lse, slot.view(heads, most, tokens))
+        at = slot if heads == 1 else each(head - head * q_tiles * tile * heads, slot * heads)
+        query_at = token if heads == 1 else each(head, token * heads)
+        return _merge(out, lse, _parts(member, chosen, query_at, at)).view(tokens, heads, -1)
 
     def _run(
         self,
@@ -103,24 +135,41 @@ class KeyBlocks:
         return backend.block_sparse(call, mask, return_lse=True)
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-    """Return [H, S, D]: the parts of every query, weighed by what each holds of its softmax.
+def _parts(
+    member: torch.Tensor, chosen: torch.Tensor, query: torch.Tensor, at: torch.Tensor
+) -> torch.Tensor:
+    """Return int64 [S * H, most]: the rows of each query's parts, -1 for none.
+
+    Args:
+        member: bool [H, groups, S].
+        chosen: int64 [n], the places of its true entries.
+        query: int64 [n], token * H + head of each.
+        at: int64 [n], the row of each.
+    """
+    heads, groups, tokens = member.shape
+    narrow = torch.uint8 if groups < 256 else torch.int16
+    rank = member.cumsum(1, dtype=narrow)
+    most = int(rank[:, -1].max())
+    parts = at.new_full((tokens * heads * most,), -1)
+    parts.scatter_(0, query * most + (rank.flatten()[chosen] - 1), at)
+    return parts.view(-1, most)
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
+    """Return [n, D]: the parts of every query, weighed by what each holds of its softmax.
 
     Args:
         out: [1, slots, H, D].
         lse: log-sum-exp [1, slots, H].
-        slot: int64 [H, most, S], the slots of each query's parts; `slots` for none.
+        parts: int64 [n, most], the rows of each query's parts, slot * H + head; -1 for none.
     """
-    heads, most, tokens = slot.shape
-    slots, wide = out.shape[1], torch.promote_types(out.dtype, torch.float32)
-    rows = slot.clamp(max=slots - 1) * heads
-    rows += torch.arange(heads, device=slot.device)[:, None, None]
-    part = lse.reshape(-1).to(wide)[rows].masked_fill_(slot >= slots, float("-inf"))
-    weight = torch.softmax(part, dim=1).transpose(1, 2).reshape(-1, most)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    rows = parts.clamp(min=0)
+    part = lse.reshape(-1).to(wide)[rows].masked_fill_(parts < 0, float("-inf"))
     merged: torch.Tensor = torch.nn.functional.embedding_bag(
-        rows.transpose(1, 2).reshape(-1, most),
+        rows,
         out.reshape(-1, out.shape[3]).to(wide),
-        per_sample_weights=weight,
+        per_sample_weights=torch.softmax(part, dim=1),
         mode="sum",
     )
-    return merged.view(heads, tokens, -1)
+    return merged

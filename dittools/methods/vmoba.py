@@ -25,7 +25,7 @@ from dittools.methods.selection import block_means, keep_top, row_mask
 from dittools.order import TokenOrder
 
 _GATE_SCORES = 2**25
-_COPIES = 2**27  # elements of gathered queries held at a time
+_CACHED_SCORES = 2**17  # those that a CPU holds at a time where queries choose alone
 KINDS = ("temporal", "spatial", "box")
 _PUBLISHED: dict[tuple[int, int, int], dict[str, tuple[int, int, int]]] = {
     (21, 30, 52): {"temporal": (3, 30, 52), "spatial": (21, 5, 13), "box": (7, 5, 13)},
@@ -190,53 +190,52 @@ def _video(grid: TokenGrid) -> slice:
     return slice(grid.text_before, grid.text_before + grid.tokens)
 
 
-def choices(
+def members(
     query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, method: VMoBA, top_k: int
 ) -> torch.Tensor:
-    """Return int64 [H, S, most]: the kept blocks of every query, `blocks` where it keeps fewer.
+    """Return bool [H, blocks, S]: the queries that keep each block.
 
-    Heads are taken in chunks, so that the gate never holds more than about 2**25 scores.
+    Args:
+        query: [S, H, D].
+        means: float32 [H, D, blocks].
+        own: int64 [S], the block each query lies in.
+        method: the rule and its threshold.
+        top_k: blocks per query, the own one counted.
     """
     tokens, heads, _ = query.shape
     count = means.shape[2]
-    chunk = max(1, _GATE_SCORES // (tokens * count))
-    found = []
-    for first in range(0, heads, chunk):
-        part = slice(first, first + chunk)
-        scores = query[:, part].transpose(0, 1).float() @ means[part]
-        if method.rule == "local_top_k":
-            mine = own[None, :, None].expand(len(scores), -1, 1)
+    found = torch.empty((heads, count, tokens), dtype=torch.bool, device=query.device)
+    on_cpu = query.device.type == "cpu"
+    if method.rule == "local_top_k":  # queries choose alone: a few at a time
+        chunk = max(1, (_CACHED_SCORES if on_cpu else _GATE_SCORES) // (heads * count))
+        for first in range(0, tokens, chunk):
+            part = slice(first, first + chunk)
+            scores = query[part].transpose(0, 1).float() @ means
+            mine = own[None, part, None].expand(heads, -1, 1)
             scores.scatter_(-1, mine, float("inf"))
-            found.append(scores.topk(top_k, dim=-1, sorted=False).indices)
-            continue
+            found[:, :, part] = keep_top(scores, top_k).transpose(1, 2)
+        return found
+    chunk = max(1, _GATE_SCORES // (tokens * count))
+    for first in range(0, heads, chunk):
+        some = slice(first, first + chunk)
+        scores = query[:, some].transpose(0, 1).float() @ means[some]
         kept = select(scores, own, method.rule, top_k, method.threshold)
-        most = int(kept.sum(-1).max())
-        best = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :most]
-        found.append(torch.where(kept.gather(-1, best), best, count))
-    most = max(part.shape[2] for part in found)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(part, (0, most - part.shape[2]), value=count) for part in found])
+        found[some] = kept.transpose(1, 2)
+    return found
 
 
 def _attend_tokens(
     call: AttentionCall, backend: Backend, method: VMoBA, block: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """Run every query once per block it chose, and merge the parts; heads in bounded chunks."""
+    """Run every query once per block it chose, and merge the parts."""
     block = block.to(call.query.device)
     video = _video(call.grid)
     means = block_keys(call.key[0, video], block)
-    choice = choices(call.query[0, video], means, block, method, top_k)
+    kept = members(call.query[0, video], means, block, method, top_k)
     if call.grid.text:  # one more block, which every query sees
-        choice = torch.nn.functional.pad(choice + (choice == means.shape[2]), (0, 1))
-        choice[..., -1] = means.shape[2]
-    keys = KeyBlocks(call, block, method.block_size)
-    chunk = max(1, _COPIES // (choice[0].numel() * call.query.shape[3]))
-    parts = [
-        keys.attend(backend, choice[first : first + chunk], first)
-        for first in range(0, call.head_count, chunk)
-    ]
-    total = torch.cat(parts).transpose(0, 1).to(call.query.dtype)[None]
-    return _with_text_rows(call, backend, total)
+        kept = torch.nn.functional.pad(kept, (0, 0, 0, 1), value=True)
+    merged = KeyBlocks(call, block, method.block_size).attend(backend, kept)
+    return _with_text_rows(call, backend, merged.to(call.query.dtype))
 
 
 def _with_text_rows(call: AttentionCall, backend: Backend, video: torch.Tensor) -> torch.Tensor:
