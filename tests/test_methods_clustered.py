@@ -27,6 +27,7 @@ from dittools.methods.partition import (
     metric_factor,
     nearest_profile,
     profile_labels,
+    split_order,
 )
 from dittools.methods.repair import fit_repair
 from dittools.patches.meter import Meter
@@ -407,6 +408,22 @@ def test_equal_parts_are_those_of_the_recursion(tokens: int, size: int) -> None:
             assert (labels[head] == group).nonzero().flatten().tolist() == sorted(members)
     sizes = torch.bincount(labels[0])
     assert (sizes != size).sum() <= 1
+
+
+@pytest.mark.parametrize(("tokens", "size", "leaf"), [(120, 16, 4), (97, 8, 2), (5, 8, 2)])
+def test_equal_parts_are_cut_on_into_leaves_side_by_side(tokens: int, size: int, leaf: int) -> None:
+    points = torch.randn(3, tokens, 6)
+    points[0, 3] = float("nan")  # no permutation is lost to one
+    order, labels = split_order(points, size, leaf), equal_split(points, size)
+    assert torch.equal(order.sort(1).values, torch.arange(tokens).expand(3, -1))
+    assert (labels.gather(1, order).diff(dim=1) >= 0).all()
+    for head in (1, 2):
+        start = 0
+        for part in split_alone(points[head], list(range(tokens)), size):
+            for members in split_alone(points[head], part, leaf):
+                found = order[head, start : start + len(members)].tolist()
+                assert sorted(found) == sorted(members)
+                start += len(members)
 
 
 def test_large_equal_parts_are_cut_by_a_sample_of_their_members() -> None:

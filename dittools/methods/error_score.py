@@ -38,11 +38,13 @@ def pooling_error(
     mean = runs.pooled()
     # products in the dtype of the call, which has units of its own for half precision
     query = query * scale
-    columns = runs.key.permute(0, 3, 1, 2).reshape(heads, width, blocks * count).to(query.dtype)
+    # runs of a block stand `blocks` apart: whole rows are added up, not a few neighbours
+    columns = runs.key.permute(0, 3, 2, 1).reshape(heads, width, count * blocks).to(query.dtype)
     middle = mean.key[:, :, 0].transpose(1, 2).to(query.dtype)
-    log = runs.weight.log().flatten(1)[:, None]  # [H or 1, 1, blocks * count]
+    log = runs.weight.log().transpose(1, 2).flatten(1)[:, None]  # [H or 1, 1, count * blocks]
     power = runs.value.square().sum(3) / runs.weight.clamp(min=1e-30)  # e^s holds the weight once
-    along = (runs.value * mean.value).sum(3)
+    power = power.transpose(1, 2).contiguous()[:, None]  # [H, 1, count, blocks]
+    along = (runs.value * mean.value).sum(3).transpose(1, 2).contiguous()[:, None]
     far = (mean.value[:, :, 0].square().sum(2) * mean.weight[..., 0])[:, None]
     out = text.new_empty(heads, query.shape[1] // each, blocks)
     tile = _TILE.get(query.device.type, _TILE["cuda"])
@@ -52,15 +54,16 @@ def pooling_error(
         scores = (part @ columns).float().add_(log)
         peak = scores.amax(-1, keepdim=True).clamp(min=-1e30)
         peak = torch.maximum(peak, text[:, first : first + step, None])
-        weight = scores.sub_(peak).exp_().unflatten(2, (blocks, count))
-        total = weight.sum((2, 3)) + (text[:, first : first + step] - peak[..., 0]).exp()
+        weight = scores.sub_(peak).exp_()
+        total = weight.sum(2) + (text[:, first : first + step] - peak[..., 0]).exp()
+        weight = weight.unflatten(2, (count, blocks))
         if pooled:
             near = ((part @ middle).float() - peak).clamp(max=40).exp()
-            both = (weight * along[:, None]).sum(3)
-            found = (weight * weight).mul_(power[:, None]).sum(3)
+            both = (weight * along).sum(2)
+            found = weight.square_().mul_(power).sum(2)
             found += near * (near * far - 2 * both)
         else:
-            found = (weight * weight).mul_(power[:, None]).sum(3)
+            found = weight.square_().mul_(power).sum(2)
         found = found.clamp(min=0) / total.square()[..., None].clamp(min=1e-30)
         out[:, first // each : (first + step) // each] = found.unflatten(1, (-1, each)).mean(2)
     return out

@@ -208,6 +208,16 @@ def split_labels(
         query, key: float32 or float64 [H, N, D].
         sizes: queries per group, keys per group.
     """
+    queries, keys = split_points(query, key)
+    return equal_split(queries, sizes[0]), equal_split(keys, sizes[1])
+
+
+def split_points(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return [H, N, D] of queries and of keys: where they stand for cuts along coordinate axes.
+
+    Args:
+        query, key: float32 or float64 [H, N, D].
+    """
     tokens = key.shape[1]
     query, key = query * _unit(query), key * _unit(key)
     keys = key - key.mean(1, keepdim=True)
@@ -216,7 +226,7 @@ def split_labels(
     keys = keys @ (axes * values.clamp(min=0).sqrt()[:, None])
     queries = F.normalize(query @ (key_axes * key_values.clamp(min=0).sqrt()[:, None]), dim=2)
     queries = queries - queries.mean(1, keepdim=True)
-    return equal_split(_principal(queries), sizes[0]), equal_split(_principal(keys), sizes[1])
+    return _principal(queries), _principal(keys)
 
 
 def _principal(points: torch.Tensor) -> torch.Tensor:
@@ -230,49 +240,98 @@ def _principal(points: torch.Tensor) -> torch.Tensor:
 def equal_split(points: torch.Tensor, size: int) -> torch.Tensor:
     """Return int64 [H, N]: groups of `size` tokens but for one, by cuts along coordinate axes.
 
-    A part is cut along the axis in which it varies most, at the multiple of `size` nearest its
-    middle, until none is larger. Sizes depend on N alone, so that all parts of all heads are cut
-    at once, level by level.
-
     Args:
         points: float [H, N, D].
         size: tokens per group.
     """
-    heads, tokens, width = points.shape
-    order = torch.arange(tokens, device=points.device).expand(heads, -1)
-    flat = points.reshape(heads, -1)
-    levels, last = split_levels(tokens, size)
-    for starts, sizes in levels:
-        start, length = (torch.tensor(x, device=points.device) for x in (starts, sizes))
-        part = torch.repeat_interleave(length)
-        seen = length.clamp(max=SPLIT_SAMPLE)[:, None]
-        place = torch.arange(min(SPLIT_SAMPLE, max(sizes)), device=points.device)
-        real = (place < seen).to(points.dtype)[None, :, :, None]
-        at = start[:, None] + torch.minimum(
-            (2 * place + 1) * length[:, None] // (2 * seen), length[:, None] - 1
-        )
-        token = order[:, at.flatten()]
-        some = points.gather(1, token[..., None].expand(-1, -1, width))
-        some = some.view(heads, *at.shape, width) * real
-        mean = some.sum(2, keepdim=True) / seen[:, None].to(points.dtype)
-        axis = ((some - mean).square() * real).sum(2).argmax(2)  # [H, parts]
-        value = flat.gather(1, order * width + axis[:, part])
-        by_value = value.argsort(dim=1, stable=True)
-        by_part = part[by_value].argsort(dim=1, stable=True)
-        order = order.gather(1, by_value.gather(1, by_part))
-    label = torch.repeat_interleave(torch.tensor(last, device=points.device)).expand(heads, -1)
+    order = split_order(points, size)
+    last = split_levels(points.shape[1], size)[1]
+    label = torch.repeat_interleave(torch.tensor(last, device=points.device)).expand_as(order)
     return torch.empty_like(label).scatter_(1, order, label)
 
 
+def split_order(points: torch.Tensor, size: int, leaf: int = 0) -> torch.Tensor:
+    """Return int64 [H, N]: the tokens, group by group of `size` but for one.
+
+    A part is cut along the axis in which it varies most, at the multiple of `size` nearest its
+    middle, until none is larger. Sizes depend on N alone, so that all parts of all heads are cut
+    at once, level by level. With `leaf`, groups are cut on in the same way down to that, so that
+    tokens that stand side by side in a group are alike.
+
+    Args:
+        points: float [H, N, D].
+        size: tokens per group.
+        leaf: tokens per part of a group; 0 cuts no group.
+    """
+    heads, tokens, width = points.shape
+    rows = points.reshape(-1, width)
+    first = torch.arange(heads, device=points.device)[:, None] * tokens
+    order = torch.arange(tokens, device=points.device).expand(heads, -1)
+    for cut in _cuts(tokens, size, leaf, points.device):
+        some = rows.index_select(0, (order[:, cut.seen.flatten()] + first).flatten())
+        some = some.view(heads, *cut.seen.shape, width) * cut.real
+        mean = some.sum(2, keepdim=True) / cut.number
+        axis = ((some - mean).square() * cut.real).sum(2).argmax(2)  # [H, parts]
+        value = points.reshape(-1).take((order + first) * width + axis[:, cut.part])
+        value = value.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf"))
+        value = F.pad(value, (0, 1), value=float("inf"))[:, cut.slot]  # [H, parts, longest]
+        place = value.argsort(dim=2, stable=True) + cut.start[:, None]
+        order = order.gather(1, place.flatten(1)[:, cut.back])
+    return order
+
+
+class _Cut(NamedTuple):
+    """One level of cuts, the same for all heads: int64 but for `real` and `number`.
+
+    Attributes:
+        seen: [parts, n], slots of the members an axis is chosen by.
+        real: float [parts, n, 1], 0 where a part has fewer.
+        number: float [parts, 1, 1], members looked at.
+        part: [N], of each slot.
+        start: [parts], first slots.
+        slot: [parts, longest], slots of each part; N where it has no more.
+        back: [N], where each slot stands among these.
+    """
+
+    seen: torch.Tensor
+    real: torch.Tensor
+    number: torch.Tensor
+    part: torch.Tensor
+    start: torch.Tensor
+    slot: torch.Tensor
+    back: torch.Tensor
+
+
+@lru_cache(maxsize=16)
+def _cuts(tokens: int, size: int, leaf: int, device: torch.device) -> list[_Cut]:
+    found = []
+    for starts, sizes in split_levels(tokens, size, leaf)[0]:
+        start, length = torch.tensor(starts), torch.tensor(sizes)
+        seen = length.clamp(max=SPLIT_SAMPLE)[:, None]
+        place = torch.arange(min(SPLIT_SAMPLE, max(sizes)))
+        at = torch.minimum((2 * place + 1) * length[:, None] // (2 * seen), length[:, None] - 1)
+        part, within = torch.repeat_interleave(length), torch.arange(max(sizes))
+        slot = start[:, None] + within
+        slot = torch.where(within < length[:, None], slot, tokens)
+        back = part * max(sizes) + torch.arange(tokens) - start[part]
+        real = (place < seen).float()[..., None]
+        cut = _Cut(start[:, None] + at, real, seen[..., None].float(), part, start, slot, back)
+        found.append(_Cut(*(x.to(device) for x in cut)))
+    return found
+
+
 @lru_cache(maxsize=64)
-def split_levels(tokens: int, size: int) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+def split_levels(
+    tokens: int, size: int, leaf: int = 0
+) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
     """Return the first slots and sizes of the parts to cut at each level, and the final sizes."""
-    levels, sizes = [], [tokens]
-    while max(sizes) > size:
+    levels, sizes, leaf = [], [tokens], leaf or size
+    while max(sizes) > leaf:
         levels.append(([0, *accumulate(sizes[:-1])], sizes))
         cut: list[int] = []
         for length in sizes:
-            left = (length + size) // (2 * size) * size
-            cut += [length] if length <= size else [left, length - left]
+            unit = size if length > size else leaf
+            left = (length + unit) // (2 * unit) * unit
+            cut += [length] if length <= leaf else [left, length - left]
         sizes = cut
     return levels, sizes
