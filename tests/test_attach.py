@@ -182,6 +182,25 @@ def test_the_report_says_what_methods_remark_on(pipe: Any) -> None:
         assert handle.report().notes == []
 
 
+@pytest.mark.parametrize(
+    ("method", "plain", "other"),
+    [
+        ("freeswim", {"attn_temperature": 1.0}, {"native": (30, 52)}),
+        ("clear", {"radius": 99.0}, {"radius": 99.0, "proportional": True}),
+    ],
+)
+def test_a_method_that_keeps_every_pair_and_changes_the_scores_says_so(
+    pipe: Any, stock: torch.Tensor, method: str, plain: dict[str, Any], other: dict[str, Any]
+) -> None:
+    for params, is_same in ((plain, True), (other, False)):
+        with attach(pipe, build(method, params)) as handle:
+            found = run(pipe)
+            report = handle.report()
+        assert report.calls["sparse"] == 0
+        assert torch.equal(found, stock) == is_same
+        assert any("the scores" in note for note in report.notes) != is_same
+
+
 def test_a_share_gives_few_step_models_their_dense_step(pipe: Any) -> None:
     spy = Spy()
     with attach(pipe, spy, dense_steps=0.1):

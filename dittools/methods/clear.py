@@ -61,6 +61,13 @@ class Clear:
             return ["clear with pooled keys takes no other extra keys"]
         return []
 
+    def remarks(self) -> list[str]:
+        """Say what a report must know: an image the disk covers is changed as well."""
+        if not self.proportional:
+            return []
+        keys = f"{self.trained_tokens:,} keys"
+        return [f"clear multiplies the scores by sqrt(log n / log n0), n0 = {keys}, at every size"]
+
     def mask(self, grid: TokenGrid) -> BlockMask:
         """Return the mask of one grid, pooled keys included, the same for all heads; cached."""
         return clear_mask(grid, self)

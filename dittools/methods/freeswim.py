@@ -65,6 +65,13 @@ class FreeSwim:
         """Every grid fits: an axis no longer than the window is seen whole."""
         return []
 
+    def remarks(self) -> list[str]:
+        """Say what a report must know: a frame of the native size is changed as well."""
+        if self.temperature == 1.0:
+            return []
+        factor = f"{self.temperature:.3f}"
+        return [f"freeswim multiplies the scores of video tokens by {factor} at every size"]
+
     def mask(self, grid: TokenGrid) -> BlockMask:
         """Return the mask of one grid, exact to the token, the same for all heads; cached."""
         return gna_mask(grid, GNA(("full", *self.window), stride=1, block_size=self.block_size))
