@@ -1,19 +1,24 @@
 """How the cost of calibration grows with heads, candidates and prompts: CPU time per call.
 
-    python bench/search_slope.py
+    python bench/search_slope.py --out docs/results/search_slope.json
 
 Times are CPU seconds of one thread, so that other work on the machine does not show. A line is
 fitted through each series; the last column says how far the worst point lies off it.
 """
 
+import argparse
+import json
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import load
+from dittools.pipelines.output import write_text
 from dittools.searching.candidates import Candidate, candidates_for
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.rows import sample_rows
@@ -48,23 +53,44 @@ def line(xs: list[int], ys: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    """Print the three series."""
+    """Print the series and write them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers")
+    out = parser.parse_args().out
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    every = candidates_for(GRID, ["gna", "radial", "sta"])
+    fixed = candidates_for(GRID, ["gna", "radial", "sta"])
+    choosing = candidates_for(GRID, ["metered", "paro", "clustered"])
     series = {
-        "heads": ([2, 4, 8, 12], lambda n: seconds(n, every[:17], 1)),
-        "candidates": ([8, 16, 24, 32], lambda n: seconds(4, every[: n + 1], 1)),
-        "prompts": ([1, 2, 3, 4], lambda n: seconds(4, every[:17], n)),
+        "heads": ([2, 4, 8, 12], lambda n: seconds(n, fixed[:17], 1)),
+        "candidates": ([8, 16, 24, 32], lambda n: seconds(4, fixed[: n + 1], 1)),
+        "candidates that choose": ([4, 8, 12, 16], lambda n: seconds(4, _spread(choosing, n), 1)),
+        "prompts": ([1, 2, 3, 4], lambda n: seconds(4, fixed[:17], n)),
     }
+    content: dict[str, Any] = {"grid": list(GRID.shape), "head_dim": HEAD_DIM, "rows": ROWS}
     for name, (xs, measure) in series.items():
         ys = [measure(n) for n in xs]
         slope, base, off = line(xs, ys)
+        content[name] = {
+            "x": xs,
+            "cpu_s": [round(y, 4) for y in ys],
+            "slope_ms": round(slope * 1000, 2),
+            "base_ms": round(base * 1000, 2),
+            "off_the_line": round(off, 3),
+        }
         points = ", ".join(f"{x}: {y:.3f}" for x, y in zip(xs, ys, strict=True))
         print(
-            f"{name:<11} {points}  slope {slope * 1000:.1f} ms, base {base * 1000:.1f} ms, "
+            f"{name:<23} {points}  slope {slope * 1000:.1f} ms, base {base * 1000:.1f} ms, "
             f"off the line by {off:.0%}"
         )
+    if out is not None:
+        write_text(out, json.dumps(content, indent=1) + "\n")
+
+
+def _spread(candidates: list[Candidate], count: int) -> list[Candidate]:
+    """Return dense and so many others in turns of four, so that every length is a like mixture."""
+    one = candidates[1::5][:4]
+    return [candidates[0], *(one * (count // 4))]
 
 
 if __name__ == "__main__":

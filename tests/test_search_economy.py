@@ -19,7 +19,7 @@ from dittools.searching.rows import sample_rows
 from dittools.searching.solver import Solver
 from dittools.searching.table import Table, flat_weights, merge, plan_of, survivors
 from dittools.searching.verify import Trial
-from dittools.searching.weigh import factors
+from dittools.searching.weigh import Sensitivity, factors
 
 GRID = TokenGrid(4, 6, 6)
 FACTS = ModelFacts("X", 1, 2, 16)
@@ -115,3 +115,22 @@ def test_what_a_verified_plan_worked_through_follows_what_it_kept() -> None:
     assert found.executed > found.density
     score = Score((30.0,), (0.9,), (0.001,), found.density * 1.1)
     assert Trial(0.9, found, 30.0, score).executed == pytest.approx(found.executed * 1.1)
+
+
+def test_layers_and_parts_of_a_run_are_flattened_apart() -> None:
+    generator = torch.Generator().manual_seed(1)
+    flat, layer, part = (
+        torch.rand(shape, generator=generator).double() + 0.1
+        for shape in ((3, 4, 2), (3, 1, 2), (1, 4, 1))
+    )
+    measured_ = Sensitivity(flat * layer * part, (0, 1, 2))
+    assert torch.allclose(measured_.blended(flat, (1.0, 1.0)), measured_.weight)
+    layers_only = measured_.blended(flat, (1.0, 0.0)) / flat
+    assert torch.allclose(
+        layers_only / layers_only[:1, :, :1], (layer / layer[0, 0, 0]).expand(3, 4, 2)
+    )
+    half = measured_.blended(flat, (0.0, 0.5)) / flat
+    assert torch.allclose(half / half[:, :1], (part / part[0, 0]).sqrt().expand(3, 4, 2))
+    split = flat.repeat_interleave(2, dim=1)  # of two branches, which were not told apart
+    both = measured_.blended(split, (1.0, 1.0))
+    assert torch.allclose(both, measured_.weight.repeat_interleave(2, dim=1))

@@ -33,7 +33,7 @@ def frontier_of(outcome: Outcome) -> dict[str, Any]:
         "predicted": curve_points(solver, outcome.predictor),
         "singles": singles,
         "weights": {
-            "blend": outcome.blend,
+            "blend": list(outcome.blend),
             "kind": outcome.request.sensitivity,
             "branches": list(table.branches),
             "calibration_psnr_db": {name: _db(v) for name, v in outcome.blends.items()},

@@ -130,13 +130,14 @@ def _provenance(frontier: dict[str, Any], costs: CostTable) -> str:
         if costs.basis == "measured"
         else "FLOPs: time in proportion to the blocks visited"
     )
+    layers, steps = frontier["weights"]["blend"]
     rows: list[list[Any]] = [
         ["model", f"{model['class']}, {model['layers']} layers, {model['heads']} heads"],
         ["grid", f"{sizes} + {model['text']} text tokens, {model['steps']} steps"],
         ["seed", str(frontier["settings"]["seed"])],
         ["calibration prompts", "; ".join(frontier["calibration"])],
         ["held-out prompts", "; ".join(frontier["held_out"])],
-        ["weights", f"blend {frontier['weights']['blend']:g} of measured and flat sensitivity"],
+        ["weights", f"{layers:g} of what layers were measured to weigh, {steps:g} of steps"],
         ["kernel times", basis],
         ["versions", versions],
     ]

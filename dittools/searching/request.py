@@ -21,7 +21,7 @@ class Budget:
         held_out: prompts that plans are verified on.
         rows: queries looked at per call.
         steps_per_range: steps looked at in each step range.
-        sensitivity: layers perturbed one at a time, in every step range; the others lie between.
+        sensitivity: layers perturbed one at a time; the others lie between.
         vectors: random vectors carried back through the sampler, where sensitivity is asked so.
         rounds: generations of the held-out prompts at most, one plan each.
         points: single methods that are generated too, for the frontier.
@@ -31,9 +31,9 @@ class Budget:
     held_out: int = 4
     rows: int = 96
     steps_per_range: int = 2
-    sensitivity: int = 3
+    sensitivity: int = 6
     rounds: int = 8
-    points: int = 2
+    points: int = 1
     vectors: int = 2
 
     def __post_init__(self) -> None:

@@ -28,7 +28,9 @@ from dittools.searching.verify import DENSITY_SLACK, Trial, Verdict, Verifier
 from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_layers
 
 Report = Callable[[str, int, int], None]
-BLENDS = (1.0, 0.5, 0.0)  # measured weights, half-way, flat: isolated perturbations can mislead
+# shares of the measured weights between layers, and between parts of the run, the rest flat:
+# isolated perturbations mislead, most of all between early and late steps
+BLENDS = ((1.0, 0.5), (0.5, 0.5), (0.5, 0.25))
 NEAR = 0.03  # a single method that works through another share does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 _REFERENCE_DENSITY = 0.35  # where the blends are compared when no density is asked for
@@ -44,7 +46,7 @@ class Outcome:
     solver: Solver
     predictor: Predictor
     sensitivity: Sensitivity
-    blend: float
+    blend: tuple[float, float]
     blends: dict[str, float]
     verdict: Verdict
     singles: list[tuple[int, Score]]
@@ -258,18 +260,22 @@ def _start(solver: Solver, request: Request) -> float:
 
 def _best_blend(
     bench: Bench, first: Solver, sensitivity: Sensitivity, request: Request, start: float
-) -> tuple[Solver, Predictor, float, dict[str, float]]:
+) -> tuple[Solver, Predictor, tuple[float, float], dict[str, float]]:
     """Return the solver whose joint plan does best on the calibration prompts, and its predictor.
 
-    Isolated errors do not add up, so the weights are tried as they are, flattened half-way, and
-    flat; then rules per guidance branch, whose errors may cancel less. The joint runs also fix the
-    scale of predicted errors.
+    Isolated errors do not add up, so the weights are tried more and less flattened; then rules per
+    guidance branch, whose errors may cancel less. The joint runs also fix the scale of predicted
+    errors.
     """
     flat = flat_weights(first.table)
-    solvers = {f"{b:g}": replace(first, weight=sensitivity.blended(flat, b)) for b in BLENDS}
+    names = {f"{a:g} of layers, {b:g} of steps": (a, b) for a, b in BLENDS}
+    solvers = {
+        name: replace(first, weight=sensitivity.blended(flat, shares))
+        for name, shares in names.items()
+    }
     tried = _compare(bench, solvers, request, start)
     best = max(solvers, key=lambda name: tried[name])
-    blend = float(best)
+    blend = names[best]
     split = first.table.split()
     if split is not None:
         weight = sensitivity.blended(flat_weights(split), blend)

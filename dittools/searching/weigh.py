@@ -33,12 +33,15 @@ class Sensitivity:
     measured: tuple[int, ...]
     by_branch: torch.Tensor | None = None
 
-    def blended(self, flat: torch.Tensor, share: float) -> torch.Tensor:
+    def blended(self, flat: torch.Tensor, shares: tuple[float, float]) -> torch.Tensor:
         """Return a weight between flat (0) and measured (1), geometrically, equal in the mean.
+
+        How parts of a run differ is blended apart from how layers and heads do: what an error does
+        early in a run grows faster than its square, once the clip takes another course.
 
         Args:
             flat: [L, P, H], of a table whose parts may be split by branch.
-            share: of the measured weight.
+            shares: of what was measured between layers and heads, and between parts of the run.
         """
         weight = self.weight
         if flat.shape[1] != weight.shape[1]:
@@ -46,8 +49,11 @@ class Sensitivity:
             if both is None:
                 both = weight[:, :, None].expand(-1, -1, 2, -1)
             weight = both.flatten(1, 2)
-        scale = float((weight.log() - flat.log()).mean())
-        return (share * weight.log() + (1 - share) * (flat.log() + scale)).exp()
+        ratio = weight.log() - flat.log()
+        mean = ratio.mean()
+        parts = ratio.mean(dim=(0, 2), keepdim=True) - mean
+        within, over = shares
+        return flat * (mean + within * (ratio - mean - parts) + over * parts).exp()
 
 
 def sampled_layers(layers: int, count: int, pinned: Sequence[int]) -> tuple[int, ...]:
