@@ -21,6 +21,7 @@ from dittools.methods.compensation import (
 )
 from dittools.methods.error_score import pooling_error
 from dittools.methods.metered import Metered
+from dittools.methods.metered_blocks import Blocks, alike_keys, alike_order, cut_lasts
 from dittools.methods.metered_state import State
 from dittools.methods.probes import exact_rows, probe_rows, relative_error
 from dittools.methods.repair import fit_repair
@@ -70,15 +71,15 @@ def groups_of(order: Any, head: int, size: int, blocks: int) -> list[torch.Tenso
 
 
 def by_definition(
-    call: AttentionCall, kept: torch.Tensor, order: Any, key_size: int = SIZE
+    call: AttentionCall, kept: torch.Tensor, order: Any, key_size: int = SIZE, key_order: Any = None
 ) -> torch.Tensor:
     """One softmax per query over kept tokens, text, and means that weigh as many tokens."""
     grid, out = call.grid, torch.empty_like(call.query)
-    asked = groups_of(order, 0, SIZE, kept.shape[1])
-    owner = {int(t): i for i, g in enumerate(asked) for t in g}
-    groups = groups_of(order, 0, key_size, kept.shape[2])
-    text = [t for t in range(grid.total) if t not in owner]
     for head in range(call.head_count):
+        asked = groups_of(order, head, SIZE, kept.shape[1])
+        owner = {int(t): i for i, g in enumerate(asked) for t in g}
+        groups = groups_of(key_order or order, head, key_size, kept.shape[2])
+        text = [t for t in range(grid.total) if t not in owner]
         q, k, v = (x[0, :, head] for x in (call.query, call.key, call.value))
         for token in range(grid.total):
             keys, values, log = [k[text]], [v[text]], [torch.zeros(len(text)).double()]
@@ -191,7 +192,7 @@ def test_the_score_is_the_squared_error_of_every_token_of_a_block(pooled: bool, 
     method = Metered(rows=SIZE, block_size=SIZE, order="fhw", mode="repair" if pooled else "drop")
     order = padded_order(call.grid, ("fhw",), SIZE)
     runs = pool_runs(call, order, 4, SIZE, 1)
-    found = method.scores(call, order, runs)
+    found = method.scores(call, Blocks(order, None, SIZE, SIZE), runs)
     q, k, v = (x[0].transpose(0, 1) for x in (call.query, call.key, call.value))
     weight = (q @ k.transpose(1, 2) * call.softmax_scale).exp()
     total = weight.sum(-1, keepdim=True)
@@ -205,22 +206,25 @@ def test_the_score_is_the_squared_error_of_every_token_of_a_block(pooled: bool, 
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_blocks_may_be_ranked_by_their_mass(grid: TokenGrid) -> None:
+def test_blocks_may_be_ranked_by_their_mass(grid: TokenGrid, apart: bool) -> None:
     call = call_of(grid)
     method = Metered(block_size=SIZE, rows=SIZE, score="mass", order="wfh")
     order, blocks = padded_order(grid, ("wfh",), SIZE), -(-grid.tokens // SIZE)
+    keys = padded_order(grid, ("hfw",), SIZE) if apart else order
     alike = call.key.clone()  # runs of two keys are pooled: pairs of slots hold equal ones
-    pairs = order.index[0][: blocks * SIZE].view(-1, 2)
+    pairs = keys.index[0][: blocks * SIZE].view(-1, 2)
     pairs = pairs[(pairs >= 0).all(1)]
     alike[:, pairs[:, 1]] = alike[:, pairs[:, 0]]
     call = replace(call, key=alike)
-    found = method.scores(call, order, pool_runs(call, order, blocks, SIZE, 2))
+    cut = Blocks(order, keys if apart else None, SIZE, SIZE)
+    found = method.scores(call, cut, pool_runs(call, order, blocks, SIZE, 2))
     q, k = (x[0].transpose(0, 1) for x in (call.query, call.key))
     mass = (q @ k.transpose(1, 2) * call.softmax_scale).softmax(-1)
-    groups = [g[g >= 0] for g in order.index[0][: blocks * SIZE].view(-1, SIZE)]
+    asked, groups = (groups_of(x, 0, SIZE, blocks) for x in (order, keys))
     wanted = torch.stack(
-        [torch.stack([mass[:, i][:, :, j].sum((1, 2)) for j in groups], 1) for i in groups], 1
+        [torch.stack([mass[:, i][:, :, j].sum((1, 2)) for j in groups], 1) for i in asked], 1
     )
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
 
@@ -409,6 +413,117 @@ def test_it_is_the_program_of_its_parts(key_size: int, score: str) -> None:
     assert kept.diagonal(dim1=1, dim2=2).all()  # keys of the queries' own block
 
 
+def alike_blocks(call: AttentionCall, key_size: int) -> Blocks:
+    keys = alike_order(alike_keys(call, key_size), call.grid, SIZE)
+    return Blocks(padded_order(call.grid, ("hwf",), SIZE), keys, SIZE, key_size)
+
+
+@pytest.mark.parametrize("key_size", [SIZE, 8])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_keys_may_be_cut_otherwise_than_queries(grid: TokenGrid, key_size: int) -> None:
+    call = call_of(grid)
+    dropped = torch.rand(1, grid.total) < 0.2
+    call = replace(call, key_mask=~dropped)
+    blocks, kept = alike_blocks(call, key_size), some_blocks(call, 0.3, key_size)
+    assert blocks.keys is not None
+    assert blocks.keys.is_valid()
+    made = with_pooled_keys(call, blocks.runs(call).pooled())
+    mask = blocks.mask(kept, grid, True)
+    out = blocks.attend(made, BACKEND, mask)
+    assert out is not None
+    plain = replace(call, key_mask=None)
+    without = blocks.attend(
+        with_pooled_keys(plain, blocks.runs(plain).pooled()), BACKEND, blocks.mask(kept, grid, True)
+    )
+    wanted = by_definition(plain, kept, blocks.order, key_size, blocks.keys)
+    torch.testing.assert_close(without, wanted, atol=1e-6, rtol=1e-6)
+    junk = replace(call, key=call.key.masked_fill(dropped[..., None, None], 1e4))
+    again = with_pooled_keys(junk, blocks.runs(junk).pooled())
+    torch.testing.assert_close(blocks.attend(again, BACKEND, mask), out, atol=1e-6, rtol=1e-6)
+    rows = torch.tensor([1, 17, 40]) + grid.text_before
+    found = blocks.rows(made, rows, kept)
+    torch.testing.assert_close(found.double(), out[:, rows], atol=1e-5, rtol=1e-5)
+    assert mask.pairs is not None
+    pairs = mask.density * mask.q_tokens * mask.kv_tokens
+    assert pairs == pytest.approx(
+        float(block_mask(kept, grid, blocks.order, SIZE, True, key_size).pairs.mean())
+    )  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mode", ["drop", "pooled", "repair"])
+@pytest.mark.parametrize("score", ["error", "mass"])
+def test_alike_keys_run_in_every_mode_by_either_score(mode: str, score: str) -> None:
+    call = call_of(TokenGrid(3, 6, 7, 0, 5))
+    method = Metered(mode=mode, score=score, keys="alike", key_block=8, **SMALL)
+    out, exact = method.attend(call, BACKEND), dense(call)
+    text = slice(126, None)
+    torch.testing.assert_close(out[:, text], exact[:, text], atol=1e-6, rtol=1e-6)
+    rows = method._rows(call)
+    torch.testing.assert_close(out[:, rows], exact[:, rows])
+    state = chosen(call)
+    assert state.kept is not None
+    if mode != "drop":
+        assert state.kept.sum(dim=(1, 2)).tolist() == [round(0.3 * 8 * 16)] * 3
+        others = torch.ones(131, dtype=torch.bool)
+        others[rows] = False
+        assert not torch.allclose(out[:, others], exact[:, others], atol=1e-2)
+    else:
+        few = replace(method, density=0.01, probes=0)
+        few.attend(call, BACKEND)
+        states = [s for s in call.memory.values() if isinstance(s, State)]
+        assert states[1].kept.any(2).all()  # type: ignore[union-attr]  # no query without keys
+
+
+def test_alike_keys_are_grouped_by_the_answers_they_get() -> None:
+    call = call_of(TokenGrid(4, 8, 8), heads=2)
+    kinds = torch.randn(32, 2, 16).double()
+    which = torch.arange(256).remainder(32)[torch.randperm(256)]
+    query, key = call.query.clone(), 4 * kinds[which][None] + 1e-3 * call.key
+    query[..., 5] = 0  # what no query asks for does not count
+    key[..., 5] = 50 * torch.randn(256, 2)
+    call = replace(call, query=query, key=key)
+    for head in alike_keys(call, 8):
+        assert (which[head.long()].view(-1, 8).diff(dim=1) == 0).all()
+    exact, error = dense(call), {}
+    for keys in ("order", "alike"):  # all of a group are nearly the same: skipping costs nothing
+        method = Metered(mode="pooled", keys=keys, key_block=8, **SMALL)
+        error[keys] = float(relative_error(method.attend(call, BACKEND), exact).mean())
+    assert error["alike"] < 0.02
+    # values still differ within a group, but each enters as it weighs
+    assert error["order"] > 10 * error["alike"]
+
+
+def test_alike_keys_are_sought_at_longer_and_longer_intervals() -> None:
+    method = Metered(keys="alike", **SMALL)
+    memory: dict[str, Any] = {}
+    cuts = []
+    for step in (*range(16), 3, 4):
+        call = replace(call_of(TokenGrid(3, 6, 7)), memory=memory, step=step)
+        method.attend(call, BACKEND)
+        cuts.append(chosen(call).cut)
+    assert sorted(set(cuts[:16])) == [0, 2, 6, 14]
+    assert cuts[16:] == [3, 3]  # another run, which begins behind dense steps
+    assert [cut_lasts(2, step) for step in (1, 2, 5, 6)] == [False, True, True, False]
+    last = chosen(call).alike
+    assert last is not None
+    assert last.dtype == torch.int32
+
+
+def test_new_groups_of_keys_forget_what_the_blocks_before_were_worth() -> None:
+    method = Metered(keys="alike", order="fhw", refresh=1e9, **SMALL)
+    memory: dict[str, Any] = {}
+    kept = []
+    for step in range(3):
+        call = replace(call_of(TokenGrid(3, 6, 7)), memory=memory, step=step)
+        method.attend(call, BACKEND)
+        kept.append(chosen(call).kept)
+    alone = replace(call, memory={})
+    method.attend(alone, BACKEND)
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[1], kept[2])
+    assert torch.equal(kept[2], chosen(alone).kept)  # type: ignore[arg-type]
+
+
 def test_repair_mends_more_than_pooling_and_pooling_more_than_dropping() -> None:
     grid = TokenGrid(4, 12, 12)
     coarse = torch.randn(48, 3, 2, 3, 3)
@@ -465,7 +580,9 @@ def test_what_earlier_steps_found_counts_half_and_none_without_carry(score: str)
     method = Metered(score=score, order="fhw", rows=2, **SMALL)
     order = padded_order(call.grid, ("fhw",), SIZE)
     runs = pool_runs(call, order, 8, SIZE, 2)
-    first, second = (method.scores(replace(call, step=t), order, runs) for t in (0, 1))
+    first, second = (
+        method.scores(replace(call, step=t), Blocks(order, None, SIZE, SIZE), runs) for t in (0, 1)
+    )
     assert not torch.allclose(first, second, rtol=0.05, atol=0)
     for carry, wanted in ((0.5, second + 0.5 * first.bfloat16()), (0.0, first)):
         some, memory = replace(method, carry=carry), {}
@@ -487,9 +604,8 @@ def test_steps_together_choose_as_well_as_all_queries_of_a_block_at_once() -> No
     call = call_of(TokenGrid(4, 12, 12), heads=2)
     call = replace(call, query=4 * call.query)  # queries of a block attend to different blocks
     order = padded_order(call.grid, ("fhw",), SIZE)
-    exact = Metered(block_size=SIZE, rows=SIZE).scores(
-        call, order, pool_runs(call, order, 36, SIZE, 2)
-    )
+    cut = Blocks(order, None, SIZE, SIZE)
+    exact = Metered(block_size=SIZE, rows=SIZE).scores(call, cut, cut.runs(call))
 
     def worth(carry: float) -> float:
         call.memory.clear()
@@ -569,10 +685,11 @@ class Told(ReferenceBackend):
         self.told.append(reason)
 
 
+@pytest.mark.parametrize("keys", ["order", "alike"])
 @pytest.mark.parametrize("mode", ["pooled", "repair"])
-def test_a_head_with_broken_probe_rows_runs_dense_and_is_named(mode: str) -> None:
+def test_a_head_with_broken_probe_rows_runs_dense_and_is_named(mode: str, keys: str) -> None:
     call, backend = call_of(TokenGrid(3, 6, 7)), Told()
-    method = Metered(mode=mode, **SMALL)
+    method = Metered(mode=mode, keys=keys, **SMALL)
     clean = method.attend(replace(call, memory={}), BACKEND)
     value = call.value.clone()
     value[:, 40, 1] = float("nan")
@@ -585,11 +702,12 @@ def test_a_head_with_broken_probe_rows_runs_dense_and_is_named(mode: str) -> Non
     assert len(backend.told) == 1
 
 
+@pytest.mark.parametrize("keys", ["order", "alike"])
 @pytest.mark.parametrize("per_head", [True, False])
-def test_clips_of_a_batch_are_what_each_is_alone(per_head: bool) -> None:
+def test_clips_of_a_batch_are_what_each_is_alone(per_head: bool, keys: str) -> None:
     both = call_of(TokenGrid(3, 6, 7), batch=2)
     both = replace(both, query=both.query * torch.tensor([1.0, 5.0])[:, None, None, None])
-    method = Metered(per_head=per_head, **SMALL)
+    method = Metered(per_head=per_head, keys=keys, **SMALL)
     alone: list[dict[str, Any]] = [{}, {}]
     for step in range(3):
         moved = replace(both, key=both.key * (1 + step), step=step)

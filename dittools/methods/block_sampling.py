@@ -188,6 +188,7 @@ def sampled_mass(
     blocks: int = 0,
     turn: int = 0,
     key_block: int = 0,
+    key_index: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return float32 [H, query blocks, key blocks]: the mass of each, summed over its samples.
@@ -204,10 +205,13 @@ def sampled_mass(
         blocks: query blocks looked at, 0 for all.
         turn: looks at other queries, as `slots_amid` says.
         key_block: slots per block of keys; 0 for block_size.
+        key_index: the token of each slot of keys, if other ones.
         bias: float [H or 1, S or more] added to the scaled scores.
     """
     slots = sampled_slots(tokens, block_size, rows, blocks, turn).to(query.device)
-    keys = pool_keys(key, index, tokens, key_block or block_size, run, bias)
+    keys = pool_keys(
+        key, index if key_index is None else key_index, tokens, key_block or block_size, run, bias
+    )
     shares = block_shares(gather_heads(query, index[:, slots]), keys, scale)
     owner = torch.unique_consecutive(slots // block_size, return_inverse=True)[1]
     mass = shares.new_zeros((shares.shape[0], int(owner[-1]) + 1, shares.shape[2]))

@@ -164,17 +164,22 @@ def padded_order(grid: TokenGrid, names: tuple[str, ...], size: int) -> TokenOrd
         names: of `paro.ORDERS`, or "gilbert"; one per head, or one for all.
         size: slots per block.
     """
-    token = torch.arange(grid.total)
-    text = torch.cat((token[: grid.text_before], token[grid.text_before + grid.tokens :]))
     rows = []
     for name in names:
         if name == "gilbert":
-            video = gilbert(*grid.shape) + grid.text_before
+            rows.append(gilbert(*grid.shape) + grid.text_before)
         else:
-            video = axis_order(grid, NAMES.index(name))[: grid.tokens]
-        parts = [torch.nn.functional.pad(p, (0, -len(p) % size), value=-1) for p in (video, text)]
-        rows.append(torch.cat(parts))
-    return TokenOrder(torch.stack(rows), grid.total)
+            rows.append(axis_order(grid, NAMES.index(name))[: grid.tokens])
+    return with_text(torch.stack(rows), grid, size)
+
+
+def with_text(video: torch.Tensor, grid: TokenGrid, size: int) -> TokenOrder:
+    """Return the order of int64 [H, N], the grid's tokens, then the text, each in whole blocks."""
+    token = torch.arange(grid.total, device=video.device)
+    text = torch.cat((token[: grid.text_before], token[grid.text_before + grid.tokens :]))
+    parts = video, text.expand(len(video), -1)
+    padded = [torch.nn.functional.pad(p, (0, -p.shape[1] % size), value=-1) for p in parts]
+    return TokenOrder(torch.cat(padded, dim=1), grid.total)
 
 
 def sparse_rows(
@@ -184,6 +189,7 @@ def sparse_rows(
     order: TokenOrder,
     size: int,
     key_size: int = 0,
+    keys: TokenOrder | None = None,
 ) -> torch.Tensor:
     """Return float32 [1, R, H, D]: what `block_mask` would give some queries of the grid.
 
@@ -194,6 +200,7 @@ def sparse_rows(
         order: slots the blocks are cut from.
         size: slots per block.
         key_size: slots per block of keys; 0 for as many.
+        keys: slots the blocks of keys are cut from, if other ones.
     """
     heads, _, blocks = kept.shape
     grid, key_size = call.grid, key_size or size
@@ -201,6 +208,7 @@ def sparse_rows(
     own = torch.nn.functional.pad(kept, (0, order.slots // key_size - blocks), value=True)
     asked = (slot[:, rows] // size)[..., None].expand(-1, -1, own.shape[2])
     line = own.gather(1, asked)  # [H, R, key blocks]
+    slot = slot if keys is None else keys.inverse.expand(heads, -1)
     seen = line.gather(2, (slot // key_size)[:, None].expand(-1, len(rows), -1))  # [H, R, S]
     if call.key.shape[1] > grid.total:
         seen = torch.cat((seen, ~line[..., :blocks]), dim=2)

@@ -20,29 +20,15 @@ from dittools.call import AttentionCall
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import (
-    attend_exactly,
     attend_per_item,
     bad_param,
     check_params,
     param,
     tell,
 )
-from dittools.methods.block_sampling import run_length
-from dittools.methods.compensation import (
-    Runs,
-    block_mask,
-    padded_order,
-    pool_runs,
-    sparse_rows,
-    with_pooled_keys,
-)
-from dittools.methods.metered_choice import (
-    block_mass,
-    error_scores,
-    order_names,
-    some_heads,
-    without_padding,
-)
+from dittools.methods.compensation import Runs, padded_order, with_pooled_keys
+from dittools.methods.metered_blocks import KEYS, Blocks, alike_keys, alike_order, cut_lasts
+from dittools.methods.metered_choice import block_mass, error_scores, order_names, some_heads
 from dittools.methods.metered_state import State
 from dittools.methods.paro import NAMES
 from dittools.methods.probes import probe_rows, rows_by_backend
@@ -76,6 +62,12 @@ class Metered:
     block_size: int = param(128, "the tokens per block", least=8, most=1024)
     key_block: int = param(
         0, "the keys per block, a divisor of `block_size`; 0 for as many", least=0, most=1024
+    )
+    keys: str = param(
+        "order",
+        "whether blocks of keys are cut along the order of the queries, or made of keys that are "
+        "alike, which wants 8 `rows` and half the `block_size` as `key_block`",
+        choices=tuple(KEYS),
     )
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
     carry: float = param(
@@ -163,15 +155,16 @@ class Metered:
         if state.order is None:
             names = order_names(call, self.order, size, self.rows, self.density)
             state.order = padded_order(call.grid, names, size).to(call.query.device)
+        blocks = Blocks(state.order, self._keys(call, state), size, self.key_size)
         stale = self._stale(call, state, starting)
         made, runs = call, None
         if self.mode != "drop" or len(stale):
-            runs = self.runs(call, state.order)
+            runs = blocks.runs(call)
         if runs is not None and len(stale):
-            self._choose(call, state, runs, stale, starting)
+            self._choose(call, state, blocks, runs, stale, starting)
         if runs is not None and self.mode != "drop":
             made = with_pooled_keys(call, runs.pooled())
-        out = attend_exactly(made, backend, self._mask(call, state))
+        out = blocks.attend(made, backend, self._mask(call, state, blocks))
         if not self.refresh:  # the next call chooses anew: nothing this large waits for it
             state.mask = None
         if out is None:
@@ -182,10 +175,19 @@ class Metered:
         exact = rows_by_backend(call, backend, rows)
         if starting:  # what the rows would be if no head were held dense
             assert state.kept is not None
-            found = sparse_rows(made, rows, state.kept, state.order, size, self.key_size)
+            found = blocks.rows(made, rows, state.kept)
         else:
             found = out.index_select(1, rows)
         return self._mended(call, backend, out, (rows, exact, found), state)
+
+    def _keys(self, call: AttentionCall, state: State) -> TokenOrder | None:
+        """Return the slots of keys where they have other ones than queries."""
+        if self.keys == "order":
+            return None
+        if state.alike is None or not cut_lasts(state.cut, call.step):
+            state.cut_anew(alike_keys(call, self.key_size), call.step)
+        assert state.alike is not None
+        return alike_order(state.alike, call.grid, self.block_size)
 
     def _stale(self, call: AttentionCall, state: State, starting: bool) -> list[int]:
         """Return the heads that choose their blocks at this call."""
@@ -202,14 +204,18 @@ class Metered:
         return stale.nonzero().flatten().tolist()
 
     def _choose(
-        self, call: AttentionCall, state: State, runs: Runs, stale: list[int], starting: bool
+        self,
+        call: AttentionCall,
+        state: State,
+        blocks: Blocks,
+        runs: Runs,
+        stale: list[int],
+        starting: bool,
     ) -> None:
         """Choose the blocks worth their cost; heads too far off get more, or all."""
-        assert state.order is not None
         at = torch.tensor(stale, device=call.query.device)
-        looked_at = some_heads(call, state.order, runs, stale)
-        score = self.scores(*looked_at)  # a broken head must not set the threshold
-        score = score.nan_to_num(nan=0.0, posinf=0.0)
+        score = self.scores(*some_heads(call, blocks, runs, stale))
+        score = score.nan_to_num(nan=0.0, posinf=0.0)  # a broken head sets no threshold
         if self.carry:
             score = state.with_scores(score, at, call.step, self.carry)
         kept = self._kept(call, score, self.density)
@@ -218,7 +224,10 @@ class Metered:
             kept = torch.where(state.high[at, None, None], more, kept)
         if self.mode == "drop":
             column = torch.arange(kept.shape[2], device=kept.device)
-            kept[:, column * self.key_size // self.block_size, column] = True
+            if blocks.keys is None:
+                kept[:, column * self.key_size // self.block_size, column] = True
+            else:
+                kept.scatter_(2, score.argmax(2, keepdim=True), True)
         state.chosen(kept, at)
         state.held = None
         if starting:
@@ -234,17 +243,13 @@ class Metered:
         kept = keep_share(call.of_all_heads(score), density, items=call.items)
         return kept[list(call.places)]
 
-    def _mask(self, call: AttentionCall, state: State) -> BlockMask:
+    def _mask(self, call: AttentionCall, state: State, blocks: Blocks) -> BlockMask:
         """Return what runs: the blocks kept, all of them for heads that are dense for now."""
         if state.mask is None:
             assert state.kept is not None
-            assert state.order is not None
             dense = state.dense()
             run = state.kept if dense is None else state.kept | dense[:, None, None]
-            pooled = self.mode != "drop"
-            state.mask = block_mask(
-                run, call.grid, state.order, self.block_size, pooled, self.key_size
-            )
+            state.mask = blocks.mask(run, call.grid, self.mode != "drop")
         return state.mask
 
     def _rows(self, call: AttentionCall) -> torch.Tensor:
@@ -302,18 +307,9 @@ class Metered:
         tell(backend, f"metered ran heads dense, their probe rows were not finite: {named}")
         out[:, :, bad] = backend.dense(call.heads(heads)).to(out.dtype)
 
-    def runs(self, call: AttentionCall, order: TokenOrder) -> Runs:
-        """Return the keys and values of every block of keys, pooled in runs."""
-        size = self.key_size
-        return pool_runs(call, order, -(-call.grid.tokens // size), size, run_length(size))
-
-    def scores(self, call: AttentionCall, order: TokenOrder, runs: Runs) -> torch.Tensor:
+    def scores(self, call: AttentionCall, blocks: Blocks, runs: Runs) -> torch.Tensor:
         """Return float32 [H, blocks, key blocks]: what keys are worth to blocks of queries."""
         turn = call.step if self.carry else 0
         if self.score == "mass":
-            index = without_padding(order, call.grid, self.block_size)
-            return block_mass(
-                call, index, self.block_size, self.rows, turn=turn, key_size=self.key_size
-            )
-        pooled = self.mode != "drop"
-        return error_scores(call, order, runs, self.block_size, self.rows, pooled, turn)
+            return block_mass(call, blocks, self.rows, turn)
+        return error_scores(call, blocks, runs, self.rows, self.mode != "drop", turn)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from dittools.methods.block_sampling import (
 from dittools.methods.block_statistics import mass_recall
 from dittools.methods.compensation import Runs
 from dittools.methods.error_score import pooling_error
+from dittools.methods.metered_blocks import Blocks
 from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
 from dittools.order import TokenOrder
 
@@ -33,16 +35,17 @@ def order_names(
     recalls = []
     for number in distinct:
         index = axis_order(call.grid, number)[None].to(call.query.device)
-        recalls.append(mass_recall(block_mass(call, index, size, rows, ORDER_BLOCKS), density))
+        mass = _mass(call, index, size, rows, run_length(size), blocks=ORDER_BLOCKS)
+        recalls.append(mass_recall(mass, density))
     return tuple(NAMES[distinct[place]] for place in best_order(torch.stack(recalls)))
 
 
 def some_heads(
-    call: AttentionCall, order: TokenOrder, runs: Runs, which: Sequence[int]
-) -> tuple[AttentionCall, TokenOrder, Runs]:
-    """Return a call of batch 1, its order and runs for some heads, to look at and not to run."""
+    call: AttentionCall, blocks: Blocks, runs: Runs, which: Sequence[int]
+) -> tuple[AttentionCall, Blocks, Runs]:
+    """Return a call of batch 1, its blocks and runs for some heads, to look at and not to run."""
     if len(which) == call.head_count:
-        return call, order, runs
+        return call, blocks, runs
     at = torch.tensor(which, device=call.query.device)
     bias = call.key_bias
     looked_at = replace(
@@ -57,17 +60,14 @@ def some_heads(
         peers=None,
         items=1,
     )
-    if len(order.index) > 1:
-        order = TokenOrder(order.index.index_select(0, at), order.tokens)
     key, value, weight = (x if len(x) == 1 < call.head_count else x[at] for x in runs)
-    return looked_at, order, Runs(key, value, weight)
+    return looked_at, blocks.of_heads(at), Runs(key, value, weight)
 
 
 def error_scores(
     call: AttentionCall,
-    order: TokenOrder,
+    blocks: Blocks,
     runs: Runs,
-    size: int,
     rows: int,
     pooled: bool,
     turn: int = 0,
@@ -76,18 +76,17 @@ def error_scores(
 
     Args:
         call: of batch 1.
-        order: slots the blocks are cut from.
+        blocks: what they are cut from.
         runs: of its keys and values.
-        size: tokens per block of queries.
         rows: queries per block that stand for it.
         pooled: whether skipped blocks are replaced by their means.
         turn: looks at other queries, as `slots_amid` says.
     """
-    tokens = call.grid.tokens
-    blocks = -(-tokens // size)
+    tokens, size, order = call.grid.tokens, blocks.size, blocks.order
+    count = -(-tokens // size)
     slots = sampled_slots(tokens, size, rows, turn=turn)
-    each = len(slots) // blocks
-    if len(slots) != each * blocks:  # a short last block has fewer to show: some stand twice
+    each = len(slots) // count
+    if len(slots) != each * count:  # a short last block has fewer to show: some stand twice
         start = torch.arange(0, tokens, size)
         sizes = (tokens - start).clamp(max=size)
         slots = (start[:, None] + slots_amid(sizes, rows, turn)).flatten()
@@ -98,16 +97,25 @@ def error_scores(
     return pooling_error(query, runs, text, call.softmax_scale, each, pooled)
 
 
-def block_mass(
-    call: AttentionCall,
-    index: torch.Tensor,
-    size: int,
-    rows: int,
-    blocks: int = 0,
-    turn: int = 0,
-    key_size: int = 0,
-) -> torch.Tensor:
+def block_mass(call: AttentionCall, blocks: Blocks, rows: int, turn: int = 0) -> torch.Tensor:
     """Return float32 [H, blocks, key blocks]: attention mass, as PARO estimates it."""
+    index = _without_padding(blocks.order, call.grid, blocks.size)
+    keys = None if blocks.keys is None else _without_padding(blocks.keys, call.grid, blocks.size)
+    return _mass(
+        call,
+        index,
+        blocks.size,
+        rows,
+        blocks.run,
+        turn=turn,
+        key_block=blocks.key_size,
+        key_index=keys,
+    )
+
+
+def _mass(
+    call: AttentionCall, index: torch.Tensor, size: int, rows: int, run: int, **more: Any
+) -> torch.Tensor:
     bias = call.additive_mask()
     return sampled_mass(
         call.query[0],
@@ -117,15 +125,13 @@ def block_mass(
         size,
         call.softmax_scale,
         rows=rows,
-        run=run_length(key_size or size),
-        blocks=blocks,
-        turn=turn,
-        key_block=key_size,
+        run=run,
         bias=None if bias is None else bias[0],
+        **more,
     )
 
 
-def without_padding(order: TokenOrder, grid: TokenGrid, size: int) -> torch.Tensor:
+def _without_padding(order: TokenOrder, grid: TokenGrid, size: int) -> torch.Tensor:
     """Return int64 [H or 1, total]: the tokens of a `padded_order`, the text last."""
     text = -(-grid.tokens // size) * size + torch.arange(grid.text)
     slots = torch.cat((torch.arange(grid.tokens), text))

@@ -15,6 +15,8 @@ class State:
 
     Attributes:
         order: slots of every head.
+        alike: int32 [H, N], the grid's keys in groups of alike ones, where blocks are made of them.
+        cut: the step of these groups.
         kept: bool [H, blocks, key blocks], what was chosen.
         mask: what runs; None when it has to be made of `kept` again.
         base: float [H], error on the probe rows when a head's blocks were chosen; NaN before.
@@ -29,6 +31,8 @@ class State:
     """
 
     order: TokenOrder | None = None
+    alike: torch.Tensor | None = None
+    cut: int = -1
     kept: torch.Tensor | None = None
     mask: BlockMask | None = None
     base: torch.Tensor | None = None
@@ -50,6 +54,11 @@ class State:
         assert self.last is not None
         found = self.last > growth * self.base
         return found | self.turned if turns and self.turned is not None else found
+
+    def cut_anew(self, alike: torch.Tensor, step: int) -> None:
+        """Take other groups of keys; what was known of the blocks of earlier ones is forgotten."""
+        self.alike, self.cut = alike, step
+        self.kept = self.mask = self.base = self.scores = None
 
     def with_scores(
         self, score: torch.Tensor, which: torch.Tensor, step: int, carry: float

@@ -208,25 +208,27 @@ def split_labels(
         query, key: float32 or float64 [H, N, D].
         sizes: queries per group, keys per group.
     """
-    queries, keys = split_points(query, key)
-    return equal_split(queries, sizes[0]), equal_split(keys, sizes[1])
+    queries = F.normalize(_answers(query, key - key.mean(1, keepdim=True)), dim=2)
+    queries = _principal(queries - queries.mean(1, keepdim=True))
+    return equal_split(queries, sizes[0]), equal_split(key_points(query, key), sizes[1])
 
 
-def split_points(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return [H, N, D] of queries and of keys: where they stand for cuts along coordinate axes.
+def key_points(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return [H, N, D]: keys in the metric of the queries, along principal axes.
 
     Args:
         query, key: float32 or float64 [H, N, D].
     """
-    tokens = key.shape[1]
-    query, key = query * _unit(query), key * _unit(key)
-    keys = key - key.mean(1, keepdim=True)
-    moments = [x.transpose(1, 2) @ x / tokens for x in (query, keys)]
-    (values, axes), (key_values, key_axes) = (torch.linalg.eigh(m) for m in moments)
-    keys = keys @ (axes * values.clamp(min=0).sqrt()[:, None])
-    queries = F.normalize(query @ (key_axes * key_values.clamp(min=0).sqrt()[:, None]), dim=2)
-    queries = queries - queries.mean(1, keepdim=True)
-    return _principal(queries), _principal(keys)
+    return _principal(_answers(key - key.mean(1, keepdim=True), query))
+
+
+def _answers(points: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Return [H, N, D] with |x - y|^2 the mean squared difference of scores with others."""
+    points, others = points * _unit(points), others * _unit(others)
+    moment = others.transpose(1, 2) @ others / others.shape[1]
+    values, axes = torch.linalg.eigh(moment)
+    turned: torch.Tensor = points @ (axes * values.clamp(min=0).sqrt()[:, None])
+    return turned
 
 
 def _principal(points: torch.Tensor) -> torch.Tensor:
