@@ -12,7 +12,7 @@ from dittools.kernels.cpu import CpuBackend
 from dittools.kernels.reference import ReferenceBackend
 from dittools.mask import BlockMask
 from dittools.methods.curves import block_order
-from dittools.methods.psa import PSA, assign_levels, block_importance, similarity_cap
+from dittools.methods.psa import _CHUNK, PSA, assign_levels, block_importance, similarity_cap
 from dittools.methods.pyramid import FACTORS, attend_levels, level_density, level_mask
 from dittools.order import TokenOrder
 from dittools.patches.meter import Meter
@@ -274,7 +274,7 @@ def test_everything_full_is_dense_and_importance_is_repeatable() -> None:
 
 
 def test_importance_is_the_largest_sampled_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dittools.methods.psa._CHUNK", 100)
+    monkeypatch.setitem(_CHUNK, True, 100)
     q, k = torch.randn(1, 48, 2, 8), torch.randn(1, 48, 2, 8)
     found = block_importance(q, k, 40, 16, 2, 0.5)
     scores = torch.einsum("qhd,khd->hqk", q[0, :40:2], k[0, :40:2]) * 0.5

@@ -14,11 +14,13 @@ from dittools.kernels.reference import ReferenceBackend
 from dittools.mask import BlockMask
 from dittools.methods import preset
 from dittools.methods.kmeans import (
+    _DISTANCES,
     Clusters,
     cluster_sums,
     drawn_tokens,
     kmeans,
     nearest,
+    nearest_two,
     sorted_sums,
 )
 from dittools.methods.svg2 import SVG2, kept_clusters, lay_out
@@ -132,7 +134,7 @@ def test_each_round_assigns_to_the_nearest_and_lowers_the_spread(
     points, start = torch.randn(2, 200, 6), torch.randn(2, 11, 6)
     distance = torch.cdist(points, start)
     assert torch.equal(nearest(points, start), distance.argmin(-1))
-    monkeypatch.setattr("dittools.methods.kmeans._DISTANCES", 64)
+    monkeypatch.setitem(_DISTANCES, True, 64)
     assert torch.equal(nearest(points, start), distance.argmin(-1))
 
     def spread(rounds: int) -> float:
@@ -143,6 +145,36 @@ def test_each_round_assigns_to_the_nearest_and_lowers_the_spread(
     spreads = [spread(rounds) for rounds in (1, 2, 4, 8)]
     assert spreads == sorted(spreads, reverse=True)
     assert spreads[0] > spreads[-1]
+
+
+@pytest.mark.parametrize("kind", ["apart", "walk", "ties", "equal"])
+def test_remembered_searches_find_what_full_ones_do(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    points = torch.randn(3, 600, 4, dtype=torch.float64)
+    points = {"walk": points.cumsum(1), "ties": points.round()}.get(kind, points)
+    start = drawn_tokens(points, 60, 1)
+    if kind == "equal":
+        start[:, 1] = start[:, 0]
+    seen = []
+    monkeypatch.setattr(
+        "dittools.methods.kmeans.nearest_two",
+        lambda x, c, second=True: seen.append(x.shape[1] * c.shape[1]) or nearest_two(x, c, second),
+    )
+    found = kmeans(points, start, 40)
+    assert found.iterations > 4
+    assert min(seen) < 600 * 60 / 4  # late rounds look at few pairs
+    monkeypatch.setattr("dittools.methods.kmeans._MANY", 99)
+    whole = kmeans(points, start, 40)
+    assert torch.equal(found.labels, whole.labels)
+    assert torch.equal(found.sizes, whole.sizes)
+    assert found.iterations == whole.iterations
+
+
+def test_points_that_are_no_numbers_still_have_a_label() -> None:
+    points = torch.randn(2, 90, 8)
+    points[0, 3], points[1, 5] = float("inf"), float("nan")
+    assert kmeans(points, points[:, 6:56], 6).labels.amax() < 50
 
 
 def test_an_empty_cluster_stays_where_it_was() -> None:

@@ -19,7 +19,9 @@ from dittools.methods.curves import placed_order
 from dittools.methods.pyramid import FACTORS, attend_levels
 from dittools.order import TokenOrder
 
-_CHUNK = 2**20  # sampled scores held at a time; in a CPU's cache they are read back for free
+# sampled scores held at a time, on a CPU or elsewhere; in a cache they are read back for free
+_CHUNK = {True: 2**18, False: 2**20}
+_ROWS = 128  # sampled queries that make a product efficient
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,39 @@ def block_importance(
     # keys stand sample after sample, so that a maximum over one block's goes along whole rows
     keys = key[0, seen.t().flatten()].permute(1, 2, 0).contiguous()
     out = torch.empty((heads, blocks, columns), device=query.device)
-    step = max(1, _CHUNK // (heads * columns * each * several))  # query blocks at a time
-    for first in range(0, blocks, step):
-        scores = rows[:, first * each : (first + step) * each] @ keys
-        best = scores.unflatten(2, (several, columns)).amax(2).to(out.dtype)
-        best -= best.amax(-1, keepdim=True)
-        out[:, first : first + step] = best.unflatten(1, (-1, each)).amax(2)
+    room = _CHUNK[query.device.type == "cpu"] // columns
+    step = max(1, _ROWS // each)  # query blocks at a time, of `some` heads against `part` samples
+    part = min(several, max(1, room // (step * each)))
+    some = min(heads, max(1, room // (step * each * part)))
+    step = max(step, room // (some * part * each))
+    for head in range(0, heads, some):
+        of = slice(head, head + some)
+        for first in range(0, blocks, step):
+            asking = rows[of, first * each : (first + step) * each]
+            best = _best(asking, keys[of], columns, part).to(out.dtype)
+            best -= best.amax(-1, keepdim=True)
+            out[of, first : first + step] = best.unflatten(1, (-1, each)).amax(2)
     out = (out * scale).exp_()  # a maximum of exponentials is that of the largest score
     return out / out.sum(-1, keepdim=True)
+
+
+def _best(rows: torch.Tensor, keys: torch.Tensor, columns: int, part: int) -> torch.Tensor:
+    """Return [H, n, columns]: the largest score of rows [H, n, D] in each of the key blocks.
+
+    Args:
+        rows: [H, n, D].
+        keys: [H, D, samples * columns].
+        columns: key blocks.
+        part: samples of a block at a time.
+    """
+    best = rows.new_full((*rows.shape[:2], columns), float("-inf"))
+    room = rows.new_empty(best.numel() * part)
+    for some in keys.split(part * columns, dim=2):
+        samples = some.shape[2] // columns
+        held = room[: best.numel() * samples].view(*rows.shape[:2], samples * columns)
+        torch.bmm(rows, some, out=held)
+        torch.maximum(best, held.unflatten(2, (samples, columns)).amax(2), out=best)
+    return best
 
 
 def _sampled(

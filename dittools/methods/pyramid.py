@@ -18,6 +18,7 @@ from dittools.methods.base import attend_exactly
 from dittools.order import TokenOrder
 
 FACTORS = (1, 2, 4, 8)
+_CACHED = 2**17  # elements pooled at a time on a CPU
 
 
 def attend_levels(
@@ -71,25 +72,50 @@ def _pyramid(
     """
     own, padding = call.key.shape[1], -slots % multiple
     pooled = slots + padding
-    wide = torch.promote_types(call.key.dtype, torch.float32)
     made = [x.new_empty((1, own + pooled // 8 * 7, *x.shape[2:])) for x in (call.key, call.value)]
-    pad = torch.nn.functional.pad
-    sums = [order.apply(x)[0, :slots].to(wide) for x in (call.key, call.value)]
-    if padding:
-        sums = [pad(x, (0, 0, 0, 0, 0, padding)) for x in sums]
     made[0][:, :own], made[1][:, :own] = call.key, call.value
-    count = pad((order.index[0, :slots] >= 0).float(), (0, padding))
+    index = torch.nn.functional.pad(order.index[0, :slots], (0, padding), value=-1)
+    counts = [(index >= 0).float()]
     biases = [_own_bias(call)]
-    for factor in FACTORS[1:]:  # each level from the one before
-        count = count.unflatten(0, (-1, 2)).sum(1)
-        sums = [x[0::2] + x[1::2] for x in sums]
-        share = (1 / count.clamp(min=1))[:, None, None]
-        for source, target in zip(sums, made, strict=True):
-            target[0, own : own + pooled // factor] = source * share
-        own += pooled // factor
-        bias = count.log() if count_bias else torch.where(count > 0, 0.0, float("-inf"))
+    for _ in FACTORS[1:]:
+        counts.append(counts[-1].unflatten(0, (-1, 2)).sum(1))
+        bias = counts[-1].log()
+        if not count_bias:
+            bias = torch.where(counts[-1] > 0, 0.0, float("-inf"))
         biases.append(bias[None, None].expand(1, biases[0].shape[1], -1))
+    for source, target in zip((call.key, call.value), made, strict=True):
+        _pool(source[0], index, counts, target[0, own:])
     return made[0], made[1], torch.cat(biases, dim=2)
+
+
+def _pool(
+    source: torch.Tensor, index: torch.Tensor, counts: list[torch.Tensor], target: torch.Tensor
+) -> None:
+    """Write means of 2, 4 and 8 slots, level after level, a few slots at a time.
+
+    Args:
+        source: [S, H, D].
+        index: int64 [slots], the token in each slot, -1 for none; slots are a multiple of 8.
+        counts: tokens in each slot, then in each group of 2, 4 and 8.
+        target: [slots / 8 * 7, H, D].
+    """
+    slots, wide = len(index), torch.promote_types(source.dtype, torch.float32)
+    each = slots
+    if source.device.type == "cpu":
+        each = max(8, _CACHED // source[0].numel() // 8 * 8)
+    for first in range(0, slots, each):
+        part = index[first : first + each]
+        sums = source.index_select(0, part.clamp(min=0)).to(wide)
+        hole = part < 0
+        if bool(hole.any()):
+            sums[hole] = 0
+        level = 0
+        for factor, count in zip(FACTORS[1:], counts[1:], strict=True):  # from the one before
+            sums = sums[0::2] + sums[1::2]
+            start = first // factor
+            share = 1 / count[start : start + len(sums)].clamp(min=1)
+            target[level + start : level + start + len(sums)] = sums * share[:, None, None]
+            level += slots // factor
 
 
 def _own_bias(call: AttentionCall) -> torch.Tensor:

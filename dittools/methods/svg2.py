@@ -99,7 +99,7 @@ class SVG2:
         start = call.memory.get(self._key(call), (None, None))
         limits = (self.q_clusters, self.least_queries), (self.k_clusters, self.least_keys)
         for part, (most, least), known in zip((call.query, call.key), limits, start, strict=True):
-            points = part[0, video].transpose(0, 1).to(wide).contiguous()
+            points = part[0, video].transpose(0, 1).to(wide)
             count = max(1, min(most, grid.tokens // least))
             rounds = self.rounds
             if known is None:
