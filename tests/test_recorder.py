@@ -199,6 +199,26 @@ def test_heads_that_a_method_chose_to_leave_out_stay_out(pipe: Any) -> None:
     assert report.density < 0.3
 
 
+@pytest.mark.parametrize("each_call", [True, False])
+def test_methods_that_mean_to_differ_from_dense_may(pipe: Any, each_call: bool) -> None:
+    window = {"native": (1, 1), "attn_temperature": 1.0, "block_size": 8}
+    disk = {"radius": 1.0, "block_size": 8}
+    for name, params, is_meant in (
+        ("freeswim", window, True),
+        ("clear", {**disk, "fine_tuned": True}, True),
+        ("clear", disk, False),
+    ):
+        settings = Recorder(every=1, limit=0.01, each_call=each_call)
+        with attach(pipe, build(name, params), recorder=settings, backend="cpu") as handle:
+            generate(pipe, "wan")
+            report = handle.report()
+        assert (report.calls["sparse"] == 16) == is_meant
+        assert (FAR in {incident.reason for incident in report.incidents}) != is_meant
+        if is_meant:
+            assert report.error is not None  # told all the same
+            assert report.error > 0.1
+
+
 def test_a_jump_in_size_is_looked_into_at_once(pipe: Any, stock: torch.Tensor) -> None:
     method = Faulty("scale", step=3)  # the turn of the layer was step 0
     for drift, heads in ((4.0, [(1,)]), (1e6, [])):

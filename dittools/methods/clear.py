@@ -61,6 +61,11 @@ class Clear:
             return ["clear with pooled keys takes no other extra keys"]
         return []
 
+    @property
+    def differs_on_purpose(self) -> bool:
+        """Whether far from dense attention is no fault."""
+        return self.fine_tuned
+
     def remarks(self) -> list[str]:
         """Say what a report must know: an image the disk covers is changed as well."""
         if not self.proportional:

@@ -39,6 +39,7 @@ class _Reading(NamedTuple):
 
     view: View
     watched: tuple[int, ...]
+    compared: tuple[int, ...]
     numbers: dict[str, torch.Tensor]
 
 
@@ -121,6 +122,7 @@ class Flight:
         out: torch.Tensor,
         watched: tuple[int, ...],
         dense: Dense,
+        compared: tuple[int, ...] | None = None,
     ) -> torch.Tensor:
         """Return the output of a call, mended where it is broken.
 
@@ -130,8 +132,10 @@ class Flight:
             out: [B, S, H, D], what is to go out.
             watched: places of the heads that a method ran.
             dense: computes heads of the call as the stock pipeline would.
+            compared: those of the watched whose method means to be close to dense; None for all.
         """
         settings, device = self.settings, out.device
+        compared = watched if compared is None else compared
         now = device.type == "cpu" if settings.each_call is None else settings.each_call
         with self.watch.running(device):
             found = out.detach()
@@ -141,11 +145,11 @@ class Flight:
             if (view.step + view.layer) % max(1, settings.every // 4) == 0:
                 numbers["size"] = _size(found)
             if not now and not is_suspect:
-                self._wait_for(view, call, found, watched, numbers, is_due)
+                self._wait_for(view, call, found, (watched, compared), numbers, is_due)
                 return out
             self._suspects.discard(view.key)
             read = {name: tensor.tolist() for name, tensor in numbers.items()}
-            bad = self._judge(view, call, found, watched, read.get("size"), is_due)
+            bad = self._judge(view, call, found, (watched, compared), read.get("size"), is_due)
         return self._mended(view, out, bad, dense) if bad else out
 
     def _wait_for(
@@ -153,7 +157,7 @@ class Flight:
         view: View,
         call: AttentionCall,
         found: torch.Tensor,
-        watched: tuple[int, ...],
+        places: tuple[tuple[int, ...], tuple[int, ...]],
         numbers: dict[str, torch.Tensor],
         is_due: bool,
     ) -> None:
@@ -163,7 +167,7 @@ class Flight:
             self._sampled.add(view.key)
             numbers["apart"], numbers["base"] = self._sample(view, call, found, self.settings.rows)
             numbers["zero"] = _zero_rows(found).sum((0, 1))
-        self._pending.append(_Reading(view, watched, numbers))
+        self._pending.append(_Reading(view, *places, numbers))
 
     def look(self) -> None:
         """Read the numbers that wait, all at once."""
@@ -175,11 +179,17 @@ class Flight:
             for tensor in reading.numbers.values():
                 waiting.setdefault(tensor.device, []).append(tensor.float())
         lines = {device: iter(torch.cat(ts).tolist()) for device, ts in waiting.items()}
-        for view, watched, numbers in pending:
+        for view, watched, compared, numbers in pending:
             read = {name: list(islice(lines[t.device], len(t))) for name, t in numbers.items()}
-            self._late(view, watched, read)
+            self._late(view, watched, compared, read)
 
-    def _late(self, view: View, watched: tuple[int, ...], read: dict[str, list[float]]) -> None:
+    def _late(
+        self,
+        view: View,
+        watched: tuple[int, ...],
+        compared: tuple[int, ...],
+        read: dict[str, list[float]],
+    ) -> None:
         """Judge a call that is gone: broken heads are held, others in doubt seen at once next."""
         held = self._held.get(view.site, set())
         sums = read["sum"]
@@ -191,10 +201,8 @@ class Flight:
             apart, base, zero = (read[name] for name in ("apart", "base", "zero"))
             self._note_error(view, apart, base)
             calm = [(view.site, head, IDLE) in self._calm for head in view.heads]
-            doubt = doubt or any(
-                _ratio(apart[i], base[i]) > self.settings.limit or (zero[i] and not calm[i])
-                for i in watched
-            )
+            doubt = doubt or any(zero[i] and not calm[i] for i in watched)
+            doubt = doubt or any(_ratio(apart[i], base[i]) > self.settings.limit for i in compared)
         if doubt:
             self._suspects.add(view.key)
 
@@ -203,11 +211,12 @@ class Flight:
         view: View,
         call: AttentionCall,
         found: torch.Tensor,
-        watched: tuple[int, ...],
+        places: tuple[tuple[int, ...], tuple[int, ...]],
         size: list[float] | None,
         is_due: bool,
     ) -> dict[int, tuple[str, float | None]]:
         """Return what is wrong with which heads: place -> (reason, error)."""
+        watched, compared = places
         bad: dict[int, tuple[str, float | None]] = {}
         if not math.isfinite(found.sum(dtype=_wide(found))):  # or too large to add up
             for i in watched:
@@ -217,7 +226,7 @@ class Flight:
         if self._drifted(view, watched, size) or is_due:
             self._sampled.add(view.key)
             bad |= self._idle(view, call, found, [i for i in watched if i not in bad])
-            bad |= self._far(view, call, found, [i for i in watched if i not in bad], bad)
+            bad |= self._far(view, call, found, [i for i in compared if i not in bad], bad)
         return bad
 
     def _is_due(self, view: View) -> bool:

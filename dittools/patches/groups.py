@@ -183,8 +183,15 @@ class _Work:
         watched = tuple(sorted(run - held))
         if not watched or (self.meter.declined and not self.meter.was_sparse):
             return out
+        meant = {
+            head
+            for heads, method, _ in groups
+            for head in heads
+            if getattr(method, "differs_on_purpose", False)
+        }
+        compared = tuple(head for head in watched if head not in meant)
         try:
-            return flight.check(view, whole, out, watched, self.dense)
+            return flight.check(view, whole, out, watched, self.dense, compared)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
