@@ -17,7 +17,7 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_exactly
-from dittools.methods.block_sampling import run_length
+from dittools.methods.block_sampling import gather_heads, run_length
 from dittools.methods.compensation import Runs, block_mask, pool_runs, sparse_rows, with_text
 from dittools.methods.partition import key_points, split_order
 from dittools.order import TokenOrder
@@ -82,20 +82,35 @@ class Blocks(NamedTuple):
         if self.keys is None:
             return attend_exactly(made, backend, mask)
         out = attend_exactly(self._laid(made, self.keys), backend, mask)
-        return out if out is None else self.order.undo(out)
+        if out is None:
+            return None
+        return gather_heads(out[0], self.order.inverse).transpose(0, 1)[None]
 
     def _laid(self, made: AttentionCall, keys: TokenOrder) -> AttentionCall:
         """Return the call with queries and keys in slots; a bias leaves out padding."""
-        bias, heads = made.additive_mask(), made.head_count
+        heads, length = made.head_count, made.key.shape[1]
+        behind = torch.arange(keys.tokens, length, device=keys.index.device)
+        token = torch.cat((keys.index, behind.expand(len(keys.index), -1)), dim=1)
+        hole, token = token < 0, token.clamp(min=0)
+        bias = made.additive_mask()
         if bias is None:
-            bias = torch.zeros((1, 1, made.key.shape[1]), device=made.query.device)
-        column = bias.transpose(1, 2)[..., None].expand(-1, -1, heads, -1)  # [1, S_k, H, 1]
-        bias = keys.apply(column)[..., 0].transpose(1, 2).clone()
-        bias[..., : keys.slots].masked_fill_(keys.index < 0, float("-inf"))
+            bias = torch.zeros((1, 1, length), device=made.query.device)
+        bias = bias[0].expand(heads, -1).gather(1, token.expand(heads, -1))
+        bias = bias.masked_fill(hole, float("-inf"))[None]
+        query, key, value = (
+            gather_heads(x[0], where).transpose(0, 1)[None]
+            for x, where in (
+                (made.query, self.order.index.clamp(min=0)),
+                (made.key, token),
+                (made.value, token),
+            )
+        )
+        if keys.has_padding:  # a weight of 0 lets NaN through
+            value = value.masked_fill(hole.t()[None, :, :, None], 0)
         return AttentionCall(
-            self.order.apply(made.query),
-            keys.apply(made.key),
-            keys.apply(made.value),
+            query,
+            key,
+            value,
             TokenGrid(1, 1, self.order.slots),
             scale=made.scale,
             key_bias=bias,
