@@ -37,6 +37,8 @@ NEAR = 0.006  # an executed share this close is not refined further
 _TRIES = 5
 OTHERS = ("paro", "psa", "svg2", "sparge", "rectified", "vmoba", "svg", "random", "oracle")
 
+HALF = block_for(DEMO_GRID) // 2
+
 # name -> what differs from the method as it is
 PARTS: dict[str, dict[str, Any]] = {
     "metered": {},
@@ -50,6 +52,15 @@ PARTS: dict[str, dict[str, Any]] = {
     "32 probe rows, three earlier calls": {"probes": 32, "recall": 3},
     "blocks by mass, not error": {"score": "mass"},
     "blocks by one query each": {"rows": 1},
+    "blocks by the same queries, this step alone": {"carry": 0.0},
+    "blocks of half as many keys": {"key_block": HALF},
+    "blocks of half as many alike keys, by 8 queries, one threshold": {
+        "key_block": HALF,
+        "keys": "alike",
+        "rows": 8,
+        "per_head": False,
+    },
+    "the same, keys not alike": {"key_block": HALF, "rows": 8, "per_head": False},
     "one threshold for all heads": {"per_head": False},
     "blocks cut along one axis order": {"order": "fhw"},
     "blocks cut along a Hilbert curve": {"order": "gilbert"},

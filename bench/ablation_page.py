@@ -8,7 +8,8 @@ INTRO = """# Metered sparse attention, part by part
 by the error of skipping them per cost, skipped ones replaced by their means inside the one softmax,
 and some random rows attended exactly. These rows are the meter: they tell the true error of every
 call without a dense run, mend the other rows through a gated regression, say which heads need new
-blocks, more blocks, or dense attention for a while. `make ablation` makes this page;
+blocks, more blocks, or dense attention for a while. A block is judged by few of its queries, other
+ones at every step, and what earlier steps found counts on by half. `make ablation` makes this page;
 [metered.json](results/metered.json) has the numbers per prompt and head.
 
 **How rows are made comparable.** `executed` is the share of query-key pairs that kernels work
@@ -184,6 +185,12 @@ def _harm(lines: dict[str, Any]) -> list[str]:
     return found
 
 
+def _blocks(line: dict[str, Any]) -> str:
+    size, keys = line["block_size"], line.get("key_block", line["block_size"])
+    words = f"blocks of {size}" if size == keys else f"blocks of {size} queries and {keys} keys"
+    return words + (", alike keys" if line.get("keys") == "alike" else "")
+
+
 def _cost(cost: dict[str, Any]) -> list[str]:
     """Return the table of what a call costs beyond its blocks."""
     names = list(cost["lines"][0]["parts"])
@@ -200,7 +207,7 @@ def _cost(cost: dict[str, Any]) -> list[str]:
     for line in cost["lines"]:
         shares = " | ".join(f"{100 * line['parts'][n]:.1f} %" for n in names)
         text.append(
-            f"| {line['dtype']}, blocks of {line['block_size']} | {line['dense_s']:.2f} | {shares} "
+            f"| {line['dtype']}, {_blocks(line)} | {line['dense_s']:.2f} | {shares} "
             f"| {100 * line['added']:.1f} % |"
         )
     return [*text, "", "On a GPU nothing was measured."]

@@ -10,9 +10,10 @@ from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels.auto import resolve
 from dittools.methods import build
-from dittools.methods.block_sampling import run_length
-from dittools.methods.compensation import block_mask, padded_order, pool_runs, with_pooled_keys
+from dittools.methods.compensation import block_mask, padded_order, with_pooled_keys
+from dittools.methods.metered_blocks import Blocks, alike_keys, alike_order
 from dittools.methods.metered_choice import order_names
+from dittools.methods.metered_state import State
 from dittools.methods.probes import rows_by_backend
 from dittools.methods.repair import fit_repair
 from dittools.methods.selection import keep_share
@@ -20,6 +21,7 @@ from dittools.methods.selection import keep_share
 GRID = TokenGrid(20, 40, 40, 0, 77)
 WIDTH = 128
 DENSITY = 0.2
+ALIKE = {"keys": "alike", "rows": 8}  # with blocks of half as many keys
 
 
 def _seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -38,17 +40,19 @@ def costs() -> dict[str, Any]:
     lines = []
     for dtype in (torch.float32, torch.bfloat16):
         for size in (64, 128):
-            lines.append(_line(dtype, size))
+            lines.append(_line(dtype, {"block_size": size}))
+        halves = {"block_size": 128, "key_block": 64}
+        lines += [_line(dtype, halves), _line(dtype, {**halves, **ALIKE})]
     return {"tokens": GRID.total, "head_dim": WIDTH, "density": DENSITY, "lines": lines}
 
 
-def _line(dtype: torch.dtype, size: int) -> dict[str, Any]:
+def _line(dtype: torch.dtype, given: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, GRID.total, 1, WIDTH)
     q, k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     call, backend = AttentionCall(q, k, v, GRID, steps=12), resolve("cpu")
-    method: Any = build("metered", {"density": DENSITY, "block_size": size})
-    blocks = -(-GRID.tokens // size)
+    method: Any = build("metered", {"density": DENSITY, **given})
+    size = method.block_size
     dense = _seconds(lambda: backend.dense(call), 3)
 
     def share(work: Callable[[], object]) -> float:
@@ -58,18 +62,25 @@ def _line(dtype: torch.dtype, size: int) -> dict[str, Any]:
         return order_names(call, "auto", size, method.rows, DENSITY)
 
     order = padded_order(GRID, names(), size)
-    runs = pool_runs(call, order, blocks, size, run_length(size))
-    kept = keep_share(method.scores(call, order, runs), DENSITY, True)
+    alike = alike_keys(call, method.key_size) if method.keys == "alike" else None
+    keys = None if alike is None else alike_order(alike, GRID, size)
+    blocks = Blocks(order, keys, size, method.key_size)
+    runs = blocks.runs(call)
+    kept = keep_share(method.scores(call, blocks, runs), DENSITY, True)
     made = with_pooled_keys(call, runs.pooled())
-    tail, own = (block_mask(kept, GRID, order, size, pooled) for pooled in (True, False))
+    own = block_mask(kept, GRID, order, size, False, method.key_size)
+    tail = blocks.mask(kept, GRID, True)
     rows = method._rows(call)
     exact = rows_by_backend(call, backend, rows)
-    out = backend.block_sparse(made, tail, return_lse=True)[0]
+    out = blocks.attend(made, backend, tail)
+    assert out is not None
     found = out.index_select(1, rows)
+    state = State()
 
     def chosen() -> object:
-        score = method.scores(call, order, runs)
-        return block_mask(keep_share(score, DENSITY, True), GRID, order, size, True)
+        score = method.scores(call, blocks, runs)
+        score = state.with_scores(score, torch.zeros(1, dtype=torch.int64), 0, method.carry)
+        return blocks.mask(keep_share(score, DENSITY, True), GRID, True)
 
     asked = call.query.index_select(1, rows)
     earlier = fit_repair(found, exact, query=asked, rank=0).rows.before(None, len(rows))
@@ -78,25 +89,27 @@ def _line(dtype: torch.dtype, size: int) -> dict[str, Any]:
         fit = fit_repair(found, exact, query=asked, earlier=earlier, rank=0)
         fit.apply(out, slice(0, GRID.tokens), query=call.query)
 
-    with_tail = share(lambda: backend.block_sparse(made, tail, return_lse=True))
+    with_tail = share(lambda: blocks.attend(made, backend, tail))
     alone = share(lambda: backend.block_sparse(call, own, return_lse=True))
     parts = {
         "blocks": alone,
         "pooled tail": with_tail - alone,
-        "pooling": share(
-            lambda: with_pooled_keys(
-                call, pool_runs(call, order, blocks, size, run_length(size)).pooled()
-            )
-        ),
+        "pooling": share(lambda: with_pooled_keys(call, blocks.runs(call).pooled())),
         "choosing": share(chosen),
         "probe rows": share(lambda: rows_by_backend(call, backend, rows)),
         "repair": share(mended),
         "order, once a run": share(names),
+        "alike keys, at few steps": 0.0
+        if alike is None
+        else share(lambda: alike_keys(call, method.key_size)),
     }
-    added = sum(v for n, v in parts.items() if n not in ("blocks", "order, once a run"))
+    rare = ("blocks", "order, once a run", "alike keys, at few steps")
+    added = sum(v for n, v in parts.items() if n not in rare)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "block_size": size,
+        "key_block": method.key_size,
+        "keys": method.keys,
         "dense_s": round(dense, 3),
         "parts": {name: round(value, 5) for name, value in parts.items()},
         "added": round(added, 5),
