@@ -493,6 +493,15 @@ def test_alike_keys_are_grouped_by_the_answers_they_get() -> None:
     assert error["order"] > 10 * error["alike"]
 
 
+def test_wide_heads_are_cut_along_the_axes_that_matter() -> None:
+    kinds, query = torch.randn(1, 8, 1, 96), torch.randn(1, 128, 1, 96)
+    which = torch.arange(128).remainder(8)[torch.randperm(128)]
+    key = kinds[:, which] + 1e-3 * torch.randn(1, 128, 1, 96)
+    call = AttentionCall(query, key, key, TokenGrid(2, 8, 8))
+    (found,) = alike_keys(call, 16)
+    assert (which[found.long()].view(8, 16).diff(dim=1) == 0).all()
+
+
 def test_alike_keys_are_sought_at_longer_and_longer_intervals() -> None:
     method = Metered(keys="alike", **SMALL)
     memory: dict[str, Any] = {}

@@ -26,6 +26,7 @@ KEYS = {
     "order": "cut along the order of the queries",
     "alike": "made of keys that are alike",
 }
+_AXES = 32  # principal ones that keys are cut along, those of most variance
 _RUNS = {"order": 8, "alike": 16}  # per block, that its keys are judged by
 
 
@@ -146,7 +147,8 @@ def alike_keys(call: AttentionCall, size: int) -> torch.Tensor:
         x[0, video].transpose(0, 1).to(wide).nan_to_num(0.0, 0.0, 0.0).contiguous()
         for x in (call.query, call.key)
     )
-    return split_order(key_points(query, key), size, max(2, keys_per_run(size, True))).int()
+    points = key_points(query, key)[..., -_AXES:].contiguous()
+    return split_order(points, size, max(2, keys_per_run(size, True))).int()
 
 
 def alike_order(alike: torch.Tensor, grid: TokenGrid, size: int) -> TokenOrder:

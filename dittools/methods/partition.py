@@ -304,7 +304,7 @@ class _Cut(NamedTuple):
     back: torch.Tensor
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _cuts(tokens: int, size: int, leaf: int, device: torch.device) -> list[_Cut]:
     found = []
     for starts, sizes in split_levels(tokens, size, leaf)[0]:
