@@ -114,12 +114,37 @@ class AttentionCall:
                 expected=f"{q.dtype} on {q.device}",
                 got=f"{k.dtype} on {k.device}, {v.dtype} on {v.device}",
             )
+        if not q.dtype.is_floating_point:
+            raise UnsupportedCall(
+                "attention needs fractions", expected="a floating-point dtype", got=str(q.dtype)[6:]
+            )
+        self._check_weights()
         if q.shape[1] != self.grid.total or k.shape[1] < 1:
             raise UnsupportedCall(
                 "the sequence is not as long as its grid",
                 expected=f"{self.grid.total} tokens for {self.grid}",
                 got=f"{q.shape[1]} queries, {k.shape[1]} keys",
             )
+
+    def _check_weights(self) -> None:
+        """Refuse weights of keys that kernels would read past the end of."""
+        (batch, keys, heads), bias, mask = self.key.shape[:3], self.key_bias, self.key_mask
+        found, expected = None, ""
+        if mask is not None and not (
+            mask.dtype == torch.bool and tuple(mask.shape) in ((batch, keys), (1, keys))
+        ):
+            found, expected = mask, f"bool [{batch}, {keys}]"
+        elif bias is not None and not (
+            bias.dtype.is_floating_point
+            and bias.dim() == 3
+            and (bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads))
+            and bias.shape[2] == keys
+        ):
+            found, expected = bias, f"float [{batch} or 1, {heads} or 1, {keys}]"
+        if found is not None:
+            name = "key_mask" if found is mask else "key_bias"
+            got = f"{str(found.dtype)[6:]} {list(found.shape)}"
+            raise UnsupportedCall(f"{name} does not fit the keys", expected=expected, got=got)
 
     @property
     def head_count(self) -> int:

@@ -5,7 +5,7 @@ import warnings
 import torch
 
 from dittools.call import AttentionCall
-from dittools.errors import UnsupportedCall
+from dittools.errors import InputError, UnknownMethod, UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.kernels import choose
 from dittools.kernels.auto import resolve
@@ -44,10 +44,19 @@ def attention(
         scale: factor on the scores; None means D ** -0.5.
         key_mask: bool [B, S], False drops a key.
     Raises:
+        InputError: the grid is none.
         UnknownMethod: no such method.
         UnsupportedCall: shapes do not fit, or the named backend cannot run the call.
     """
     chosen = build(method, {}) if isinstance(method, str) else method
+    if isinstance(chosen, type) or not isinstance(chosen, Method):
+        raise UnknownMethod(
+            "this is no method",
+            expected="a method name or a configured method",
+            got=repr(method),
+        )
+    if not isinstance(grid, TokenGrid):
+        raise InputError("this is no grid", expected="a TokenGrid", got=type(grid).__name__)
     call = AttentionCall(
         query,
         key,

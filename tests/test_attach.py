@@ -175,6 +175,12 @@ def test_the_schedule_is_kept_to_the_call(pipe: Any) -> None:
     assert {c.steps for c in spy.seen} == {5}
 
 
+def test_a_class_of_methods_is_no_method(pipe: Any) -> None:
+    with pytest.raises(PlanError, match="got the class Radial; try: Radial"):
+        attach(pipe, dittools.Radial)  # type: ignore[arg-type]
+    assert traces(pipe.transformer) == []
+
+
 def test_the_report_says_what_methods_remark_on(pipe: Any) -> None:
     with attach(pipe, build("sparge", {"skip": 5.0})) as handle:
         assert any("plain torch finds them" in note for note in handle.report().notes)

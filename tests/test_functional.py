@@ -42,3 +42,47 @@ def test_an_unknown_method_lists_the_names() -> None:
     query = torch.randn(1, 16, 2, 16)
     with pytest.raises(dittools.UnknownMethod, match="radial, gna"):
         dittools.attention(query, query, query, grid=grid, method="sparkle")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("key_mask", torch.ones(1, 5, dtype=torch.bool)),  # kernels would read past its end
+        ("key_mask", torch.ones(3, 32, dtype=torch.bool)),
+        ("key_mask", torch.ones(32, dtype=torch.bool)),
+        ("key_mask", torch.ones(1, 32)),
+        ("key_bias", torch.zeros(1, 2, 31)),
+        ("key_bias", torch.zeros(1, 3, 32)),
+        ("key_bias", torch.zeros(1, 32)),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_what_weighs_keys_has_one_weight_for_each(
+    backend: str, name: str, weights: torch.Tensor
+) -> None:
+    query = torch.randn(1, 32, 2, 16)
+    mask = dittools.BlockMask(torch.eye(4, dtype=torch.bool)[None], 8)
+    with pytest.raises(dittools.UnsupportedCall, match=f"{name} does not fit the keys; expected"):
+        dittools.block_sparse_attention(
+            query,
+            query,
+            query,
+            mask,
+            backend=backend,
+            **{name: weights},  # type: ignore[arg-type]
+        )
+
+
+def test_whole_numbers_are_no_queries() -> None:
+    query = torch.ones(1, 32, 2, 16, dtype=torch.long)
+    with pytest.raises(dittools.UnsupportedCall, match="expected a floating-point dtype; got int"):
+        dittools.attention(query, query, query, grid=dittools.TokenGrid(2, 4, 4))
+
+
+def test_a_method_is_a_name_or_an_object_and_a_grid_a_grid() -> None:
+    query, grid = torch.randn(1, 32, 2, 16), dittools.TokenGrid(2, 4, 4)
+    for wrong in (3, dittools.Radial):
+        with pytest.raises(dittools.UnknownMethod, match="expected a method name or a configured"):
+            dittools.attention(query, query, query, grid=grid, method=wrong)  # type: ignore[arg-type]
+    with pytest.raises(dittools.InputError, match="expected a TokenGrid; got tuple"):
+        dittools.attention(query, query, query, grid=(2, 4, 4))  # type: ignore[arg-type]

@@ -527,7 +527,8 @@ def test_inside_a_compiled_model(pipe: Any, stock: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"every": 0}, {"rows": 2.5}, {"limit": float("nan")}, {"drift": 0.5}]
+    "settings",
+    [{"every": 0}, {"rows": 2.5}, {"limit": float("nan")}, {"drift": 0.5}, {"each_call": "no"}],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"recorder: {next(iter(settings))} is not usable"):

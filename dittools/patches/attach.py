@@ -322,6 +322,13 @@ def _resolve_plan(
     plan: str | Path | Method | Plan, target: Target, components: Mapping[str, Any]
 ) -> tuple[Plan, str]:
     """Return the plan and one phrase on where its settings come from."""
+    if isinstance(plan, type):
+        raise PlanError(
+            "this is not a plan",
+            expected="a method with its parameters",
+            got=f"the class {plan.__name__}",
+            remedy=f"{plan.__name__}()",
+        )
     if isinstance(plan, Plan):
         return plan, "settings of the plan given"
     if isinstance(plan, Path) or (isinstance(plan, str) and _looks_like_path(plan)):

@@ -45,6 +45,12 @@ class Recorder:
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
+        if self.each_call is not None and not isinstance(self.each_call, bool):
+            raise InputError(
+                "recorder: each_call is not usable",
+                expected="true, false or nothing",
+                got=repr(self.each_call),
+            )
         least = {"every": 1, "rows": 1, "limit": 0.0, "drift": 1.0}
         for item in fields(self):
             value = getattr(self, item.name)
