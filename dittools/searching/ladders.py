@@ -258,21 +258,23 @@ def _paro(name: str, grid: TokenGrid) -> list[Ladder]:
 def _metered(name: str, grid: TokenGrid) -> list[Ladder]:
     """Skipped blocks pooled, with and without rows that mend the rest; by head or all together."""
     block = block_for(grid)
+    alike = {"keys": "alike", "key_block": max(8, block // 2), "rows": 8}
 
-    def ladder(label: str, mode: str, per_head: bool) -> Ladder:
-        probes = {} if mode == "repair" else {"probes": 0}  # which would only look
-
+    def ladder(label: str, per_head: bool, **more: Any) -> Ladder:
         def make(density: float) -> Method:
-            given = {"mode": mode, "per_head": per_head, "block_size": block, **probes}
+            given = {"per_head": per_head, "block_size": block, **more}
             return build(name, {"density": round(density, 4), **given})
 
         return Ladder(name, label, make, alone=not per_head, few=True)
 
+    pooled = {"mode": "pooled", "probes": 0}  # probes would only look
     return [
-        ladder("pooled, each head alike", "pooled", True),
-        ladder("mended, each head alike", "repair", True),
-        ladder("pooled, one threshold", "pooled", False),
-        ladder("mended, one threshold", "repair", False),
+        ladder("pooled, each head alike", True, **pooled),
+        ladder("mended, each head alike", True),
+        ladder("mended, alike keys, each head alike", True, **alike),
+        ladder("pooled, one threshold", False, **pooled),
+        ladder("mended, one threshold", False),
+        ladder("mended, alike keys, one threshold", False, **alike),
     ]
 
 
