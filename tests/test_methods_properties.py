@@ -209,3 +209,34 @@ def test_radial_runs_in_every_sparse_step_and_layer_of_both_branches() -> None:
     sparse_or_whole = report.calls["sparse"] + sum(report.fallbacks.values())
     assert sparse_or_whole == (3 - 1) * (layers - 1) * 2
     assert report.calls["passed_through"] == 0
+
+
+CHOOSING = {
+    "clustered": {"density": 0.3},
+    "metered": {"density": 0.3, "block_size": 16, "probes": 16},
+    "paro": {"density": 0.3, "block_size": 16},
+    "psa": {"block_size": 16},
+    "rectified": {"block_size": 16},
+    "sparge": {"density": 0.3, "block_size": 16},
+    "svg2": {},
+    "vmoba": {"block_size": 16},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("shift", [128.0, -512.0])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_bias_of_all_keys_is_none_however_large(name: str, shift: float, batch: int) -> None:
+    torch.manual_seed(5)
+    grid = TokenGrid(3, 7, 9, 0, 6)
+    q, k, v = torch.randn(3, batch, grid.total, 2, 32).unbind()
+    own = torch.randint(-8, 8, (batch, 2, grid.total)) / 4  # the sum rounds nothing
+    masked = torch.rand(batch, grid.total) > 0.1
+    call = AttentionCall(q, k, v, grid, key_bias=own, key_mask=masked, steps=10, step=4)
+    method, backend = build(name, CHOOSING[name]), ReferenceBackend()
+    assert not method.not_supported(call)
+    found = [
+        method.attend(replace(call, key_bias=own + more, memory={}), backend)
+        for more in (0.0, shift)
+    ]
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-4)

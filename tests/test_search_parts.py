@@ -173,15 +173,15 @@ def test_what_a_method_has_to_say_of_a_trial_reaches_the_report_of_the_run() -> 
 def test_metered_comes_pooled_and_mended_and_under_one_threshold_for_single_runs() -> None:
     found = ladders_for("metered", TokenGrid(7, 16, 16))
     made: list[Any] = [ladder.make(0.3) for ladder in found]
-    assert [(m.mode, m.per_head) for m in made] == [
-        ("pooled", True),
-        ("repair", True),
-        ("pooled", False),
-        ("repair", False),
+    assert [(m.mode, m.keys, m.per_head) for m in made] == [
+        (mode, keys, per_head)
+        for per_head in (True, False)
+        for mode, keys in (("pooled", "order"), ("repair", "order"), ("repair", "alike"))
     ]
+    assert [m.key_block for m in made if m.keys == "alike"] == [made[0].block_size // 2] * 2
     assert [ladder.alone for ladder in found] == [not m.per_head for m in made]
     assert {(m.density, m.block_size) for m in made} == {(0.3, block_for(TokenGrid(7, 16, 16)))}
-    assert [bool(m.probes) for m in made] == [False, True, False, True]
+    assert [bool(m.probes) for m in made] == [m.mode == "repair" for m in made]
     chosen: list[Any] = [c.method for c in candidates_for(TokenGrid(7, 16, 16), ["metered"])[1:]]
     assert {m.mode for m in chosen} == {"pooled", "repair"}
     assert len({m.density for m in chosen}) >= 3

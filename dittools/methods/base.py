@@ -228,9 +228,16 @@ def attend_per_item(
 ) -> torch.Tensor:
     """Run a content-dependent method with the batch folded into heads, so that each item chooses.
 
-    `run` sees batch 1 and B * H heads (item-major); a key_mask arrives as -inf in key_bias.
+    `run` sees batch 1 and B * H heads (item-major); a key_mask arrives as -inf in key_bias. A bias
+    comes relative to its highest, as a common one is none: methods may take its exponential.
     """
     batch, heads = call.query.shape[0], call.head_count
+    if call.key_bias is not None:
+        bias = call.additive_mask()
+        assert bias is not None
+        highest = bias.amax(-1, keepdim=True)  # of the keys that are not masked
+        common = torch.where(highest.isfinite(), highest, 0.0)
+        call = replace(call, key_bias=call.key_bias - common)
     if batch == 1:
         return run(call)
 
