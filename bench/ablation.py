@@ -24,9 +24,10 @@ from recorded_heads import errors_of_heads
 from scoreboard import calibration_settings, settings_of, variants_of
 
 from dittools.methods import Method, build, to_params
+from dittools.methods.base import block_for
 from dittools.pipelines import load
 from dittools.pipelines.output import write_text
-from dittools.searching.ladders import Ladder, block_for, ladders_for
+from dittools.searching.ladders import Ladder, ladders_for
 from dittools.searching.run import work_folder
 from dittools.searching.store import Store
 

@@ -753,7 +753,7 @@ def test_orders_may_be_named_for_each_head() -> None:
 def test_fewer_tokens_than_probes_or_than_a_block_are_refused() -> None:
     few = call_of(TokenGrid(1, 4, 8))
     assert "more tokens than probes (32)" in Metered(block_size=8, probes=32).not_supported(few)[0]
-    assert "one block (128)" in Metered(probes=8).not_supported(few)[0]
+    assert "one block (128)" in Metered(block_size=128, probes=8).not_supported(few)[0]
     assert Metered(block_size=8, probes=8).not_supported(few) == []
 
 
@@ -764,7 +764,9 @@ def test_fewer_tokens_than_probes_or_than_a_block_are_refused() -> None:
         ({"mode": "mend"}, "'drop', 'pooled', 'repair'"),
         ({"order": "zyx"}, "'auto', or one of fhw"),
         ({"order": ("auto", "fhw")}, "'auto', or one of fhw"),
-        ({"key_block": 48}, "0, or a divisor of block_size (128)"),
+        ({"key_block": 48, "block_size": 128}, "0, or a divisor of block_size (128)"),
+        ({"key_block": 16}, "0 where block_size is 0"),
+        ({"block_size": 7}, "0, or at least 8"),
         ({"key_block": 4}, "at least 8"),
         ({"probes": 4}, "at least 8 with mode='repair'"),
         ({"ceiling": 0.5}, "above 0, with probes"),
@@ -777,3 +779,31 @@ def test_unusable_parameters_are_one_clear_line(wrong: dict[str, Any], said: str
         Metered(**wrong)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((2, 5, 7), 8), ((12, 12, 12), 32), ((9, 15, 26), 64), ((9, 30, 52), 128)]
+)
+def test_blocks_of_no_given_size_are_at_least_32_and_no_larger_than_128(
+    shape: tuple[int, int, int], size: int
+) -> None:
+    grid = TokenGrid(*shape)
+    fitted = Metered().fitted(grid)
+    assert fitted.block_size == size
+    assert size == 8 or grid.tokens >= 32 * size
+    assert fitted.key_size == size
+    alike = Metered(keys="alike").fitted(grid)
+    assert alike.key_size == (size // 2 if size > 8 else size)
+    given = Metered(block_size=16, key_block=8)
+    assert given.fitted(grid) is given
+
+
+@pytest.mark.parametrize("keys", ["order", "alike"])
+def test_a_size_left_open_runs_as_the_one_that_suits_the_grid(keys: str) -> None:
+    call = call_of(TokenGrid(3, 12, 9, 2, 5))
+    left_open = Metered(density=0.3, keys=keys, probes=16)
+    fixed = Metered(density=0.3, keys=keys, probes=16, block_size=8)
+    assert left_open.fitted(call.grid) == fixed
+    assert torch.equal(
+        left_open.attend(call, BACKEND), fixed.attend(replace(call, memory={}), BACKEND)
+    )

@@ -12,7 +12,7 @@ from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend, load
 from dittools.methods import METHODS, build
-from dittools.methods.base import tell
+from dittools.methods.base import block_for, tell
 from dittools.patches.meter import Meter
 from dittools.patches.timing import Stopwatch
 from dittools.plans import ModelFacts
@@ -20,7 +20,7 @@ from dittools.searching.allocate import Problem, Unreachable, allocate, within_m
 from dittools.searching.atlas import band_keys, band_shares, head_class
 from dittools.searching.candidates import Candidate, candidates_for
 from dittools.searching.cost import CostTable, flops_table, measure_costs
-from dittools.searching.ladders import block_for, ladders_for
+from dittools.searching.ladders import ladders_for
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import mask_rows, masked_output, sample_rows, weights

@@ -223,6 +223,14 @@ def attend_exactly(made: AttentionCall, backend: Backend, mask: BlockMask) -> to
     return backend.block_sparse(made, mask, return_lse=True)[0]
 
 
+def block_for(grid: TokenGrid) -> int:
+    """Return tokens per block: 128, smaller where a sequence would be cut into fewer than 32."""
+    size = 128
+    while size > 8 and grid.total < 32 * size:
+        size //= 2
+    return size
+
+
 def attend_per_item(
     call: AttentionCall, run: Callable[[AttentionCall], torch.Tensor]
 ) -> torch.Tensor:

@@ -11,17 +11,19 @@ queries tell what a block is worth, but other ones at every step, and what earli
 counts on: blocks are as well chosen as from several times as many.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from dittools.call import AttentionCall
+from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import (
     attend_per_item,
     bad_param,
+    block_for,
     check_params,
     param,
     tell,
@@ -59,14 +61,22 @@ class Metered:
         "whether blocks are ranked by the error of skipping them or by their mass",
         choices=("error", "mass"),
     )
-    block_size: int = param(128, "the tokens per block", least=8, most=1024)
+    block_size: int = param(
+        0,
+        "the tokens per block, at least 8; 0 for 128, fewer where these would be under 32 blocks",
+        least=0,
+        most=1024,
+    )
     key_block: int = param(
-        0, "the keys per block, a divisor of `block_size`; 0 for as many", least=0, most=1024
+        0,
+        "the keys per block, a divisor of `block_size`; 0 for as many, half as many alike ones",
+        least=0,
+        most=1024,
     )
     keys: str = param(
         "order",
         "whether blocks of keys are cut along the order of the queries, or made of keys that are "
-        "alike, which wants 8 `rows` and half the `block_size` as `key_block`",
+        "alike, which wants 8 `rows`",
         choices=tuple(KEYS),
     )
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
@@ -113,9 +123,13 @@ class Metered:
         if not names or any(n not in known and (n != "auto" or len(names) > 1) for n in names):
             expected = f"'auto', or one of {', '.join(known)}, once or per head"
             raise bad_param(self, "order", expected=expected)
+        if 0 < self.block_size < 8:
+            raise bad_param(self, "block_size", expected="0, or at least 8")
         if self.key_block and (self.key_block < 8 or self.block_size % self.key_block):
             expected = f"0, or a divisor of block_size ({self.block_size}) of at least 8"
             raise bad_param(self, "key_block", expected=expected)
+        if self.key_block and not self.block_size:
+            raise bad_param(self, "key_block", expected="0 where block_size is 0")
         if self.mode == "repair" and self.probes < 8:
             raise bad_param(self, "probes", expected="at least 8 with mode='repair'")
         if (self.ceiling > 0 or self.start > 0) and not (self.limit > 0 and self.probes):
@@ -129,23 +143,30 @@ class Metered:
         reasons = [f"metered has no block for {extra} extra keys"] if extra else []
         if isinstance(self.order, tuple) and len(self.order) != call.method_heads:
             reasons.append(f"metered lists {len(self.order)} orders for {call.method_heads} heads")
-        if call.grid.tokens <= max(self.probes, self.block_size):
+        size = self.fitted(call.grid).block_size
+        if call.grid.tokens <= max(self.probes, size):
             reasons.append(
                 f"metered needs more tokens than probes ({self.probes}) and than one block "
-                f"({self.block_size}), got {call.grid.tokens}"
+                f"({size}), got {call.grid.tokens}"
             )
         return reasons
+
+    def fitted(self, grid: TokenGrid) -> "Metered":
+        """Return the method with blocks of a size, those that suit a grid where it has none."""
+        return self if self.block_size else replace(self, block_size=block_for(grid))
 
     @property
     def key_size(self) -> int:
         """Keys per block."""
-        return self.key_block or self.block_size
+        can_halve = self.keys == "alike" and self.block_size % 2 == 0 and self.block_size >= 16
+        return self.key_block or self.block_size // (2 if can_halve else 1)
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return [B, S, H, D] in the dtype of call.query; what was chosen stays in call.memory."""
         if self.density >= 1:
             return backend.dense(call)
-        return attend_per_item(call, lambda item: self._attend_item(item, backend))
+        fitted = self.fitted(call.grid)
+        return attend_per_item(call, lambda item: fitted._attend_item(item, backend))
 
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         key = f"metered {self} {call.grid} {call.head_count} {call.query.device}"

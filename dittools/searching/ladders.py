@@ -14,6 +14,7 @@ from typing import Any
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.methods import METHODS, Method, build
+from dittools.methods.base import block_for
 
 _HALVINGS = 12  # of a knob's range; masks of blocks change in steps far coarser than that
 _PYRAMID = (0.6, 0.2, 0.1, 0.1)  # of the work, on keys at full, half, quarter and eighth resolution
@@ -39,14 +40,6 @@ class Ladder:
     fixed: bool = False
     alone: bool = False
     few: bool = False
-
-
-def block_for(grid: TokenGrid) -> int:
-    """Return tokens per block: 128, smaller where a sequence would be cut into fewer than 32."""
-    size = 128
-    while size > 8 and grid.total < 32 * size:
-        size //= 2
-    return size
 
 
 def ladders_for(name: str, grid: TokenGrid) -> list[Ladder]:
