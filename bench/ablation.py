@@ -55,13 +55,13 @@ PARTS: dict[str, dict[str, Any]] = {
     "blocks by one query each": {"rows": 1},
     "blocks by the same queries, this step alone": {"carry": 0.0},
     "blocks of half as many keys": {"key_block": HALF},
-    "blocks of half as many alike keys, by 8 queries, one threshold": {
+    "with alike keys: half as many a block, by 8 queries, one threshold": {
         "key_block": HALF,
         "keys": "alike",
         "rows": 8,
         "per_head": False,
     },
-    "the same, keys not alike": {"key_block": HALF, "rows": 8, "per_head": False},
+    "the same without alike keys": {"key_block": HALF, "rows": 8, "per_head": False},
     "one threshold for all heads": {"per_head": False},
     "blocks cut along one axis order": {"order": "fhw"},
     "blocks cut along a Hilbert curve": {"order": "gilbert"},

@@ -48,7 +48,11 @@ def _clips(share: str, lines: list[dict[str, Any]], board: list[dict[str, Any]])
     """Return the table of one executed share: parts, then everything else, best first."""
     others = [{**b, "kind": b["kind"] if b["kind"] != "method" else "published"} for b in board]
     others = [
-        b for b in others if b["kind"] not in ("reference", "searched") and _is_near(b, share)
+        b
+        for b in others
+        if b["kind"] not in ("reference", "searched")
+        and b["name"] != "metered"
+        and _is_near(b, share)
     ]
     most = max((line["prompts"] for line in lines), default=0)
     parts = [line for line in lines if line["kind"] == "part"]
