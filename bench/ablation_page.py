@@ -175,7 +175,8 @@ def _flat(line: dict[str, Any]) -> list[float]:
 def _harm(lines: dict[str, Any]) -> list[str]:
     """Return a list of the parts and the heads each makes worse, at the same executed share."""
     whole, found = lines["metered"], []
-    for name in ("without repair and probe rows", "without pooling", "blocks by mass, not error"):
+    parts = "without repair", "without pooling", "blocks by mass, not error"
+    for name in (name for name in parts if name in lines):
         heads = [
             f"{layer}.{head}"
             for layer, (a, b) in enumerate(zip(lines[name]["heads"], whole["heads"], strict=True))
@@ -183,7 +184,9 @@ def _harm(lines: dict[str, Any]) -> list[str]:
             if x < y
         ]
         which = (
-            f"better in {len(heads)} heads ({', '.join(heads)})" if heads else "better in no head"
+            f"better in {len(heads)} {'head' if len(heads) == 1 else 'heads'} ({', '.join(heads)})"
+            if heads
+            else "better in no head"
         )
         found.append(f"- *{name}*: {which}, written layer.head.")
     return found
