@@ -50,7 +50,8 @@ means (psa, rectified, metered), or spend unequally over heads and steps (plans)
 A searched plan is what `dittools search` found on two calibration prompts that are not on the
 board either ([plans](plans)); it mixes methods and spends its density where errors hurt most. The
 first of them was asked for a share of `computed`, "published" for one of `density`, when
-`metered` and `clustered` were no candidates yet; "fast methods" chooses among those that choose quickly.
+`metered` and `clustered` were no candidates yet; "fast methods" chooses among those that choose
+quickly.
 `metered` at densities .2 and .3 is in [metered.md](metered.md), where rows are matched by what
 they execute.
 """
