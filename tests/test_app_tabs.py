@@ -140,7 +140,7 @@ def test_a_search_stops_goes_on_and_gives_its_plan(page: Any, runs: Path, tmp_pa
     page.locator("#search-value input").fill("2")
     page.locator("#search-start").click()
     page.locator("#search-status .dt-alert", has_text="density is not usable").wait_for()
-    page.locator("#search-value input").fill("0.6")
+    page.locator("#search-value input").fill("0.8")
     page.locator("#search-value input").blur()
     page.locator("#search-start").click()
     page.locator("#search-empty", has_text="generations, about").wait_for()
@@ -157,7 +157,7 @@ def test_a_search_stops_goes_on_and_gives_its_plan(page: Any, runs: Path, tmp_pa
             page.locator(f"#search-{name}").click()
         waiting.value.save_as(tmp_path / waiting.value.suggested_filename)
     plan = Plan.load(tmp_path / "plan.json")
-    assert plan.provenance["target"] == {"density": 0.6}
+    assert plan.provenance["target"] == {"density": 0.8}
     assert "Head atlas" in (tmp_path / "report.html").read_text()
     shot(page, "search-1280")
     fits(page, "search")

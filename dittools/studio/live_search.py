@@ -19,7 +19,7 @@ from dittools.studio.runs import Run, RunStore
 from dittools.studio.sizes import ModelCalls, counted
 
 TARGETS = {  # what a person picks -> keyword of `search`, unit
-    "density": ("target_density", "share of query-key pairs, 0 to 1"),
+    "density": ("target_density", "share of query-key pairs worked through, 0 to 1"),
     "PSNR": ("min_psnr", "dB against dense, at least"),
     "speed-up": ("target_speedup", "times as fast as dense"),
 }
