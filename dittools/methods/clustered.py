@@ -34,6 +34,7 @@ from dittools.methods.partition import (
     PARTITIONS,
     Effort,
     Means,
+    grid_points,
     kmeans_labels,
     profile_labels,
     response_labels,
@@ -226,18 +227,12 @@ class Clustered:
     def _labels(
         self, call: AttentionCall, means: Means | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        grid = call.grid
-        video = slice(grid.text_before, grid.text_before + grid.tokens)
-        wide = torch.promote_types(call.query.dtype, torch.float32)
-        query, key = (
-            x[0, video].transpose(0, 1).to(wide).nan_to_num(0.0, 0.0, 0.0).contiguous()
-            for x in (call.query, call.key)
-        )
+        query, key = grid_points(call)
         if self.partition == "split":
             return split_labels(query, key, (self.least_queries, self.least_keys))
         effort = Effort(self.first_rounds, self.rounds, self.first_sample, self.seed)
         if means is not None:
-            means = (means[0].to(wide), means[1].to(wide))
+            means = (means[0].to(query.dtype), means[1].to(query.dtype))
         ways = {"kmeans": kmeans_labels, "response": response_labels, "profile": profile_labels}
         return ways[self.partition](query, key, self._counts(call), means, effort)
 

@@ -208,6 +208,7 @@ class Metered:
         if state.alike is None or not cut_lasts(state.cut, call.step):
             state.cut_anew(alike_keys(call, self.key_size), call.step)
         assert state.alike is not None
+        # made anew at every call: kept, the slots would take four times the memory in every layer
         return alike_order(state.alike, call.grid, self.block_size)
 
     def _stale(self, call: AttentionCall, state: State, starting: bool) -> list[int]:

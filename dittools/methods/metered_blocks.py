@@ -19,7 +19,7 @@ from dittools.mask import BlockMask
 from dittools.methods.base import attend_exactly
 from dittools.methods.block_sampling import gather_heads, run_length
 from dittools.methods.compensation import Runs, block_mask, pool_runs, sparse_rows, with_text
-from dittools.methods.partition import key_points, split_order
+from dittools.methods.partition import grid_points, key_points, split_order
 from dittools.order import TokenOrder
 
 KEYS = {
@@ -140,14 +140,7 @@ def alike_keys(call: AttentionCall, size: int) -> torch.Tensor:
         call: of batch 1.
         size: keys per group.
     """
-    grid = call.grid
-    video = slice(grid.text_before, grid.text_before + grid.tokens)
-    wide = torch.promote_types(call.query.dtype, torch.float32)
-    query, key = (
-        x[0, video].transpose(0, 1).to(wide).nan_to_num(0.0, 0.0, 0.0).contiguous()
-        for x in (call.query, call.key)
-    )
-    points = key_points(query, key)[..., -_AXES:].contiguous()
+    points = key_points(*grid_points(call))[..., -_AXES:].contiguous()
     return split_order(points, size, max(2, keys_per_run(size, True))).int()
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dittools.call import AttentionCall
 from dittools.methods.kmeans import (
     EXACTLY,
     Clusters,
@@ -123,6 +124,21 @@ def _unit(points: torch.Tensor) -> torch.Tensor:
     exponent = torch.frexp(points.abs().amax((1, 2), keepdim=True)).exponent
     exponent = torch.where(exponent.abs() > _PLAIN, exponent, 0).clamp(-_FAR, _FAR)
     return torch.ldexp(torch.ones_like(points[:, :1, :1]), -exponent)
+
+
+def grid_points(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries and keys of the grid's tokens, float32 or float64 [H, N, D], all finite.
+
+    Args:
+        call: of batch 1; NaN and infinity become zeros, so that groups are made in any case.
+    """
+    video = slice(call.grid.text_before, call.grid.text_before + call.grid.tokens)
+    wide = torch.promote_types(call.query.dtype, torch.float32)
+    query, key = (
+        x[0, video].transpose(0, 1).to(wide).nan_to_num(0.0, 0.0, 0.0).contiguous()
+        for x in (call.query, call.key)
+    )
+    return query, key
 
 
 def metric_factor(metric: torch.Tensor, rank: int) -> torch.Tensor:
