@@ -300,6 +300,58 @@ def test_importance_of_narrow_key_blocks_is_that_of_their_own_samples() -> None:
     torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
 
 
+def by_the_authors_rule(
+    value: list[float], rule: str, ends: tuple[float, ...], multiples: list[int]
+) -> list[int]:
+    """The level of every rank of one row, block by block; `value` falls."""
+    blocks, levels, start, total = len(value), [0] * len(value), 0, sum(value)
+    for factor, end, multiple in zip(FACTORS, ends, multiples, strict=True):
+        within = sum(sum(value[: i + 1]) / total <= end + 1e-6 for i in range(blocks))
+        stop = int(blocks * end) if rule == "topk" else (within + 1 if within else start)
+        if factor == 1:
+            stop = max(stop, 1 if rule == "topk" else int(blocks * 0.06) + 1)
+        while (stop - start) % multiple:
+            stop += 1
+        while stop > blocks:
+            stop -= multiple
+        levels[start:stop] = [factor] * max(stop - start, 0)
+        start = max(start, stop)
+    return levels
+
+
+@pytest.mark.parametrize("rule", ["threshold", "topk"])
+@pytest.mark.parametrize("blocks", [1, 3, 8, 20, 61, 180])
+def test_levels_are_the_authors_in_single_precision(blocks: int, rule: str) -> None:
+    ends = [(0.4, 0.5, 0.6, 0.8), (0.1, 0.15, 0.15, 0.35), (0.5, 0.6, 0.7, 0.8), (0, 0, 0.3, 0.9)]
+    rows = [torch.ones(blocks), torch.rand(blocks) ** 6 + 1e-6, 1 / torch.arange(1.0, blocks + 1)]
+    for importance, end, (size, tile) in product(rows, ends, [(128, 32), (32, 32), (16, 16)]):
+        row = (importance / importance.sum()).float()
+        multiples = [-(-factor // (size // tile)) for factor in FACTORS]
+        found = assign_levels(row[None], rule, end, size, tile)[0]
+        value, order = row.sort(descending=True, stable=True)
+        expected = by_the_authors_rule(value.double().tolist(), rule, end, multiples)
+        assert found[order].tolist() == expected, (end, size)
+
+
+def test_a_level_that_ends_at_one_leaves_no_block_out() -> None:
+    for rule, blocks in product(("threshold", "topk"), (5, 13, 61)):
+        row = torch.rand(blocks)
+        for size in (16, 32, 128):
+            assert bool((assign_levels(row[None], rule, (0.2, 0.4, 0.6, 1.0), size, 16) > 0).all())
+
+
+def test_padding_says_nothing_about_the_likeness_of_a_ragged_block() -> None:
+    """16 keys of which 11 are real, all alike: as good to pool as a whole block of them."""
+    key = torch.zeros(1, 32, 1, 8)
+    key[0, :16], key[0, 16:27] = torch.randn(16, 1, 8), torch.randn(1, 8)
+    assert similarity_cap(key, 27, 16, (0.9, 0.9, 0.9))[0, 1] == 8
+    key[0, 24:27] = -key[0, 24:27]  # the last group's own tokens alike, the one before's too
+    assert similarity_cap(key, 27, 16, (0.9, 0.9, 0.9))[0, 1] == 8
+    key[0, 26] = -key[0, 26]  # the 8s: 1 and -1; the 4s: 1, 1, -1; the 2s: 1, 1, 1, 1, 1, 1
+    assert similarity_cap(key, 27, 16, (0.9, 0.9, 0.9))[0, 1] == 2
+    assert similarity_cap(key, 27, 16, (0.9, 0.3, 0.3))[0, 1] == 4
+
+
 def test_the_similarity_cap_only_refines() -> None:
     key = torch.randn(1, 32, 1, 8)
     key[0, :16] = torch.randn(1, 1, 8)  # block 0: all alike; block 1: unlike

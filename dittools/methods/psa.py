@@ -4,7 +4,8 @@ Source: arXiv:2512.04025 and ziplab/Pyramid-Sparse-Attention. A pooled key gets 
 it stands for), which makes it weigh as that many tokens. Pooled keys are extra keys of the call,
 and one ordinary launch runs all levels. Levels are assigned as
 in the authors' code; differences: the importance is sampled at fixed offsets instead of random
-ones, ragged ends are pooled with true counts, and text keys are full and text queries dense.
+ones, one block at least is full, ragged ends are pooled and compared with true counts, and text
+keys are full and text queries dense.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from dittools.order import TokenOrder
 # sampled scores held at a time, on a CPU or elsewhere; in a cache they are read back for free
 _CHUNK = {True: 2**18, False: 2**20}
 _ROWS = 128  # sampled queries that make a product efficient
+_SLACK = 1e-6  # of the importance, by which the authors' code lets a block pass an end
 
 
 @dataclass(frozen=True)
@@ -183,14 +185,16 @@ def assign_levels(
 
     Blocks are taken from the most important on. By threshold, the block that crosses an end still
     belongs to its level, and a level no block ends in stays empty; by topk, ends are shares of the
-    blocks. The full level holds at least 6 % of the blocks plus one (one block by topk).
+    blocks. The full level holds at least 6 % of the blocks plus one (one block by topk). Pooled
+    levels are rounded up to whole tiles, or down where the blocks run out, as in the authors' code;
+    a level that ends at 1 leaves no block out.
 
     Args:
-        importance: rows sum to 1.
+        importance: non-negative.
         rule: "threshold" or "topk".
         ends: ends of levels 1, 1/2, 1/4, 1/8.
         size: tokens per key block.
-        tile: pooled levels are rounded up to whole tiles of so many tokens.
+        tile: tokens per tile.
     """
     blocks = importance.shape[-1]
     value, order = importance.sort(dim=-1, descending=True, stable=True)
@@ -200,10 +204,10 @@ def assign_levels(
     start = torch.zeros((*importance.shape[:-1], 1), dtype=torch.long, device=importance.device)
     for factor, end in zip(FACTORS, ends, strict=True):
         if rule == "topk":
-            stop = torch.full_like(start, int(blocks * end + 1e-9))
+            stop = torch.full_like(start, int(blocks * end))
             least = 1
         else:
-            within = (reached <= end + 1e-12).sum(-1, keepdim=True)
+            within = (reached <= (end + _SLACK) * reached[..., -1:]).sum(-1, keepdim=True)
             stop = torch.where(within > 0, within + 1, 0)
             least = int(0.06 * blocks) + 1
         if factor == 1:
@@ -211,6 +215,8 @@ def assign_levels(
         multiple = -(-factor // max(size // tile, 1))
         count = (stop - start).clamp(min=0)
         stop = (start + -(-count // multiple) * multiple).clamp(max=blocks)
+        if end < 1:
+            stop = torch.minimum(stop, start + (blocks - start) // multiple * multiple)
         ranked = torch.where((rank >= start) & (rank < stop), factor, ranked)
         start = torch.maximum(start, stop)
     return torch.zeros_like(ranked).scatter_(-1, order, ranked)
@@ -219,13 +225,24 @@ def assign_levels(
 def similarity_cap(
     key: torch.Tensor, tokens: int, size: int, thresholds: tuple[float, ...]
 ) -> torch.Tensor:
-    """Return int64 [H, blocks]: the coarsest pooling whose first and last keys are alike enough."""
+    """Return int64 [H, blocks]: the coarsest pooling whose first and last keys are alike enough.
+
+    Args:
+        key: [1, slots, H, D] in slot order.
+        tokens: grid tokens, which fill the first slots; groups past them do not count.
+        size: slots per block.
+        thresholds: least mean cosines for pooling by 2, 4 and 8.
+    """
     blocks = -(-tokens // size)
-    unit = torch.nn.functional.normalize(key[0, : blocks * size].float(), dim=-1)
-    cut = unit.unflatten(0, (blocks, size))
+    slot = torch.arange(blocks * size, device=key.device)
+    unit = torch.nn.functional.normalize(key[0].float(), dim=-1)
+    cut = unit.index_select(0, slot.clamp(max=tokens - 1)).unflatten(0, (blocks, size))
+    real = (slot < tokens).view(blocks, size)
     cap = torch.ones((key.shape[2], blocks), dtype=torch.long, device=key.device)
     for factor, least in zip(FACTORS[1:], thresholds, strict=True):
         group = cut.unflatten(1, (size // factor, factor))
-        alike = (group[:, :, 0] * group[:, :, -1]).sum(-1).mean(1).t()  # [H, blocks]
+        counts = real[:, ::factor]  # groups that hold a token
+        alike = (group[:, :, 0] * group[:, :, -1]).sum(-1) * counts[..., None]
+        alike = (alike.sum(1) / counts.sum(1, keepdim=True)).t()  # [H, blocks]
         cap = torch.where(alike > least, factor, cap)
     return cap
