@@ -217,6 +217,70 @@ def test_neighbours_are_those_of_the_authors_curve(
     assert (int(counts.min()), int(counts.max())) == (least, most)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 2), (5, 2, 3), (2, 3, 3), (7, 1, 4), (1, 6, 4)])
+def test_the_curve_starts_along_the_width_whatever_the_longest_side(
+    shape: tuple[int, int, int],
+) -> None:
+    """As the authors call it; the curve of other methods starts along the longest side."""
+    fixed, longest = gilbert(*shape, along_width=True), gilbert(*shape)
+    assert torch.equal(fixed.sort().values, torch.arange(len(fixed)))
+    wide = shape[2] >= max(shape)
+    assert torch.equal(fixed, longest) is wide
+    grid = TokenGrid(*shape)
+    call, method = random_call(grid), Rectified(density=0.3, block_size=2)
+    order = block_order(grid, 2, "gilbert_along_width")
+    found = rectified_blocks(call, method, order)
+    near = neighbour_blocks(grid, 2, "gilbert_along_width")
+    assert bool(found.kept[:, near].all())
+    block = order.inverse[0] // 2
+    allowed = found.kept[:, block][:, :, block]
+    q, k, v = (x[0].transpose(0, 1) for x in (call.query, call.key, call.value))
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    means = torch.stack([v[:, block == b].mean(1) for b in range(len(near))], 1)
+    added = (found.probability * found.compensated) @ means
+    expected = found.factor[:, block, None] * plain + added[:, block]
+    torch.testing.assert_close(method.attend(call, BACKEND)[0], expected.transpose(0, 1))
+
+
+AUTHORS = {  # gilbert_mapping of the authors' repository, frames x height x width
+    (3, 1, 2): [0, 2, 4, 5, 3, 1],
+    (2, 3, 1): [2, 5, 1, 4, 3, 0],
+    (3, 4, 2): [
+        0,
+        8,
+        10,
+        2,
+        4,
+        12,
+        6,
+        14,
+        22,
+        20,
+        18,
+        16,
+        17,
+        19,
+        21,
+        13,
+        23,
+        15,
+        7,
+        5,
+        3,
+        11,
+        9,
+        1,
+    ],
+}
+
+
+@pytest.mark.parametrize("shape", AUTHORS)
+def test_the_curve_is_the_authors_on_grids_higher_or_longer_than_wide(
+    shape: tuple[int, int, int],
+) -> None:
+    assert gilbert(*shape, along_width=True).tolist() == AUTHORS[shape]
+
+
 def test_the_first_frame_of_wan_is_kept_in_the_authors_number_of_blocks() -> None:
     assert first_frame_blocks(TokenGrid(21, 45, 80), 128) == 28
     assert first_frame_blocks(TokenGrid(7, 2, 2), 128) == 0  # a frame is less than a block

@@ -102,6 +102,19 @@ def test_the_heaviest_clusters_are_kept_until_their_sum_passes_the_mass() -> Non
     assert kept(0.1, least=0.75) == [0, 1, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sum_that_is_the_mass_exactly_has_not_passed_it(dtype: torch.dtype) -> None:
+    """Cumulative > p removes what follows: p = 1/2 of (1/2, 3/10, ...) keeps two."""
+    sizes = torch.tensor([[10, 6, 3, 1]])
+    keys = Clusters(sizes[:, :0], sizes, torch.zeros(1, 4, 2, dtype=dtype), 1)
+    queries = Clusters(sizes[:, :0], sizes[:, :1], torch.zeros(1, 1, 2, dtype=dtype), 1)
+    counts = [int(kept_clusters(queries, keys, 1.0, p, 0.0).sum()) for p in (0.49, 0.5, 0.9, 0.96)]
+    assert counts == [1, 2, 3, 4]
+    even = Clusters(sizes[:, :0], torch.full((1, 10), 7), torch.zeros(1, 10, 2, dtype=dtype), 1)
+    kept = kept_clusters(queries, even, 1.0, float(torch.full((3,), 0.1, dtype=dtype).sum()), 0.0)
+    assert int(kept.sum()) == 4
+
+
 def test_weighing_by_size_is_the_true_mass_when_clusters_are_constant() -> None:
     q, centres = torch.randn(1, 1, 8, dtype=torch.float64), torch.randn(1, 5, 8).double()
     sizes = torch.tensor([[1, 9, 4, 2, 7]])

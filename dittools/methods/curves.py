@@ -73,10 +73,15 @@ def _split(
 
 
 @lru_cache(maxsize=16)
-def gilbert(frames: int, height: int, width: int) -> torch.Tensor:
-    """Return int64 [frames * height * width]: raster tokens along the curve, axes (w, h, t)."""
+def gilbert(frames: int, height: int, width: int, along_width: bool = False) -> torch.Tensor:
+    """Return int64 [frames * height * width]: raster tokens along the curve, axes (w, h, t).
+
+    Its main direction is the longest axis, or with `along_width` always the width: the two agree
+    where nothing is longer than the width.
+    """
     sides: list[Vector] = [(width, 0, 0), (0, height, 0), (0, 0, frames)]
     longest = max(range(3), key=lambda axis: (_length(sides[axis]), -axis))
+    longest = 0 if along_width else longest
     axes = [sides[longest], *(side for i, side in enumerate(sides) if i != longest)]
     pending = [((0, 0, 0), axes[0], axes[1], axes[2])]
     places: list[Vector] = []
@@ -104,9 +109,12 @@ def block_order(grid: TokenGrid, block_size: int, curve: str = "gilbert") -> Tok
     Args:
         grid: geometry of the sequence.
         block_size: tokens.
-        curve: "gilbert" or "raster".
+        curve: "gilbert", "gilbert_along_width" or "raster".
     """
-    video = torch.arange(grid.tokens) if curve == "raster" else gilbert(*grid.shape)
+    if curve == "raster":
+        video = torch.arange(grid.tokens)
+    else:
+        video = gilbert(*grid.shape, along_width=curve == "gilbert_along_width")
     video = video + grid.text_before
     token = torch.arange(grid.total)
     text = torch.cat((token[: grid.text_before], token[grid.text_before + grid.tokens :]))

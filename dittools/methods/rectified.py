@@ -22,6 +22,8 @@ from dittools.methods.curves import neighbour_blocks, placed_order
 from dittools.methods.selection import block_sizes, keep_top, mass_counts, slot_means
 from dittools.order import TokenOrder
 
+CURVES = {"gilbert": "gilbert_along_width", "raster": "raster"}  # the authors fix the axis order
+
 
 @dataclass(frozen=True)
 class Rectified:
@@ -43,7 +45,7 @@ class Rectified:
         True,
         "whether text takes part in the ranking and can use up a slot, as in the authors' code",
     )
-    curve: str = param("gilbert", "the order blocks are cut from", choices=("gilbert", "raster"))
+    curve: str = param("gilbert", "the order blocks are cut from", choices=tuple(CURVES))
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -59,7 +61,7 @@ class Rectified:
         return attend_per_item(call, lambda item: self._attend_item(item, backend))
 
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        order = placed_order(call.grid, self.block_size, self.curve, call.query.device)
+        order = placed_order(call.grid, self.block_size, CURVES[self.curve], call.query.device)
         chosen = rectified_blocks(call, self, order)
         if bool(chosen.kept.all()):
             return backend.dense(call)
@@ -113,7 +115,7 @@ def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) 
     probability, text = mass / whole[..., None], text / whole
     kept = _rank(probability, text, method)
     if method.neighbours:
-        kept = kept | neighbour_blocks(grid, size, method.curve).to(kept.device)
+        kept = kept | neighbour_blocks(grid, size, CURVES[method.curve]).to(kept.device)
     if method.first_frame:
         first = first_frame_blocks(grid, size)
         kept[:, :first, :first] = True

@@ -1,8 +1,9 @@
 """Sliding tile attention: a window that moves by whole tiles, so that no block is cut.
 
 Source: arXiv:2502.04507 and hao-ai-lab/FastVideo. It equals generalized neighborhood attention with
-a window of an odd number of tiles and a stride of one tile, and is lowered to that mask. Per-head
-windows from an offline search are several rules of one plan.
+a window of an odd number of tiles and a stride of one tile, and is lowered to that mask: on axes
+that are no whole number of tiles, which the authors refuse, the last window moves inward by tokens
+and keeps its size. Per-head windows from an offline search are several rules of one plan.
 """
 
 from dataclasses import dataclass

@@ -140,7 +140,8 @@ def kept_clusters(
     weight = keys.sizes[:, None] * (scores - scores.amax(-1, keepdim=True)).exp()
     chance = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
     ordered, index = chance.sort(dim=-1, descending=True, stable=True)
-    wanted = ordered.cumsum(-1) - ordered <= mass
+    before = torch.nn.functional.pad(ordered.cumsum(-1)[..., :-1], (1, 0))  # nothing rounded off
+    wanted = before <= mass
     wanted[..., : int(least * keys.sizes.shape[1] + 1e-9)] = True
     wanted[..., 0] = True
     return torch.zeros_like(wanted).scatter_(-1, index, wanted)

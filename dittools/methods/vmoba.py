@@ -5,8 +5,9 @@ frames, spatial tiles through all frames, boxes. Untrained models take the paper
 global threshold rule is for trained ones. Exact per token: a query is computed once per chosen
 block, among the queries that chose it too, and its parts are merged by log-sum-exp. Differences:
 grids that the blocks do not divide get shorter blocks at the end; nothing chosen beyond the own
-block means the own block, not dense; where all scores are equal a threshold keeps everything; text
-keys are always seen, text queries dense.
+block means the own block, not dense; where all scores are equal a threshold keeps everything; of
+two blocks a local threshold keeps both, where ties in the released code can leave one; text keys
+are always seen, text queries dense.
 """
 
 import math
@@ -174,7 +175,7 @@ def select(
     need = (threshold - (norm * mine).sum(-1, keepdim=True) / total).clamp(min=0)
     order = norm.masked_fill(mine, -1).argsort(dim=-1, descending=True, stable=True)
     others = (norm * ~mine).gather(-1, order)
-    before = (others.cumsum(-1) - others) / total
+    before = torch.nn.functional.pad(others.cumsum(-1)[..., :-1], (1, 0)) / total
     wanted = before < need
     wanted[..., 0] = True
     kept = torch.zeros_like(mine).scatter(-1, order, wanted) | mine
