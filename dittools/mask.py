@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -108,9 +109,21 @@ class BlockMask:
         return int(self.keep.shape[2]) * self.kv_block
 
     @property
+    def kept_blocks(self) -> int:
+        """Blocks that are computed; counted once per mask, which a GPU is waited for."""
+        if self not in _KEPT:
+            _KEPT[self] = int(self.keep.count_nonzero())
+        return _KEPT[self]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every pair is kept."""
+        return self.tiles is None and self.kept_blocks == self.keep.numel()
+
+    @property
     def computed(self) -> float:
         """Share of blocks that are computed at all: what the mask costs."""
-        return float(self.keep.float().mean())
+        return self.kept_blocks / max(1, self.keep.numel())
 
     @property
     def density(self) -> float:
@@ -178,10 +191,16 @@ class BlockMask:
         )
 
     def to(self, device: torch.device) -> "BlockMask":
-        """Return the mask on a device, itself if it is there already."""
+        """Return the mask on a device, itself if it is there already, else the same copy always."""
         if self.keep.device == device:
             return self
-        return replace(
+        copies = _COPIES.setdefault(self, {})
+        if device not in copies:
+            copies[device] = self._copied(device)
+        return copies[device]
+
+    def _copied(self, device: torch.device) -> "BlockMask":
+        made = replace(
             self,
             keep=self.keep.to(device),
             tile_index=None if self.tile_index is None else self.tile_index.to(device),
@@ -193,6 +212,8 @@ class BlockMask:
                 for name, lists in self._cache.items()
             },
         )
+        _KEPT[made] = self.kept_blocks
+        return made
 
     def rows(self, head: int, q_block: int) -> torch.Tensor:
         """Return bool [q_block, kv_slots]: the exact slots one query block attends to."""
@@ -287,6 +308,10 @@ class BlockMask:
         )
 
 
+_KEPT: "WeakKeyDictionary[BlockMask, int]" = WeakKeyDictionary()
+_COPIES: "WeakKeyDictionary[BlockMask, dict[torch.device, BlockMask]]" = WeakKeyDictionary()
+
+
 def pack_bits(bits: torch.Tensor) -> torch.Tensor:
     """Pack bool [..., k] into uint8 [..., ceil(k / 8)], lowest bit first."""
     short = -bits.shape[-1] % 8
@@ -305,19 +330,25 @@ def unpack_bits(packed: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _compress(mask: BlockMask) -> BlockLists:
-    heads, q_blocks, _ = mask.keep.shape
-    head, q_block, block = mask.keep.nonzero(as_tuple=True)
-    row = head * q_blocks + q_block
-    if mask.tile_index is None:
-        tile = torch.full_like(block, -1)
-    else:
-        tile = mask.tile_index[head, q_block, block].long()
+    kv_blocks = mask.keep.shape[2]
+    keep = mask.keep.reshape(-1, kv_blocks)
+    place = _true_places(keep.flatten(), mask)
+    row, block = place // kv_blocks, place % kv_blocks
+    counts = keep.sum(1)
+    whole, tile = counts, torch.full_like(block, -1)
+    if mask.tile_index is not None:
+        tiles = mask.tile_index.reshape(-1, kv_blocks)
+        tile = tiles.flatten()[place].long()
         by_part = torch.argsort(row * 2 + (tile >= 0), stable=True)
-        row, block, tile = row[by_part], block[by_part], tile[by_part]
-    rows = heads * q_blocks
-    counts = torch.bincount(row, minlength=rows)
-    whole = torch.bincount(row[tile < 0], minlength=rows)
-    start = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
+        block, tile = block[by_part], tile[by_part]
+        whole = (keep & (tiles < 0)).sum(1)
+    start = torch.zeros(len(counts) + 1, dtype=torch.int32, device=keep.device)
     start[1:] = counts.cumsum(0)
-    full_end = start[:-1] + whole
-    return BlockLists(start, full_end.int(), block.int(), tile.int())
+    return BlockLists(start, (start[:-1] + whole).int(), block.int(), tile.int())
+
+
+def _true_places(flat: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """Return int64 [kept blocks], ascending; on a GPU nothing is waited for but their number."""
+    if flat.device.type == "cuda":
+        return torch.nonzero_static(flat, size=mask.kept_blocks).flatten()
+    return flat.nonzero().flatten()

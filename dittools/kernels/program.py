@@ -36,7 +36,7 @@ class Program(NamedTuple):
         token_at: int32 [H or 1, key slots], token of each slot, -1 for padding; None: as it stands.
         q_block, kv_block: tokens per block.
         q_slots, k_slots: slots that are walked, the extra keys included.
-        masked: whether any entry needs a test.
+        masked: whether an entry may need a test.
         computed: share of the blocks that are computed.
     """
 
@@ -125,18 +125,23 @@ def build_program(
         q_slots, k_slots = order.slots, order.slots + len(extra)
         index = torch.cat((order.index, extra.expand(order.index.shape[0], -1)), dim=1).int()
     lists = mask.lists()
-    cut = lists.tile >= 0
-    cut = cut | _blocks_with_holes(mask, index, k_slots).to(cut.device)[lists.block.long()]
     counts = lists.indptr.diff().long()
-    row = torch.repeat_interleave(counts.new_ones(counts.shape).cumsum(0) - 1, counts)
-    by_part = torch.argsort(row * 2 + cut, stable=True)
-    whole = torch.zeros_like(counts).index_add_(0, row, (~cut).long())
-    words, tile = _tile_words(mask, lists.tile[by_part])
+    whole, block, tile = counts, lists.block, lists.tile
+    masked = mask.tiles is not None or _has_holes(mask, k_slots)
+    if masked:
+        cut = (tile >= 0) | _blocks_with_holes(mask, index, k_slots, tile.device)[block.long()]
+        row = torch.repeat_interleave(
+            torch.arange(len(counts), device=tile.device), counts, output_size=len(block)
+        )
+        by_part = torch.argsort(row * 2 + cut, stable=True)
+        whole = torch.zeros_like(counts).index_add_(0, row, (~cut).long())
+        block, tile = block[by_part], tile[by_part]
+    words, tile = _tile_words(mask, tile)
     built = Program(
         _launch_order(counts.view(mask.keep.shape[0], -1), heads),
         lists.indptr,
         (lists.indptr[:-1] + whole).int(),
-        lists.block[by_part].contiguous(),
+        block.contiguous(),
         tile,
         words,
         index,
@@ -144,8 +149,8 @@ def build_program(
         mask.kv_block,
         q_slots,
         k_slots,
-        bool(cut.any()),
-        float(counts.sum()) / mask.keep.numel(),
+        masked,
+        mask.computed,
     )
     moved = (t.to(device) if isinstance(t, torch.Tensor) else t for t in built)
     built = Program(*moved)  # type: ignore[arg-type]
@@ -154,12 +159,21 @@ def build_program(
     return built
 
 
-def _blocks_with_holes(mask: BlockMask, index: torch.Tensor | None, k_slots: int) -> torch.Tensor:
+def _has_holes(mask: BlockMask, k_slots: int) -> bool:
+    """Whether a key block may reach past the keys or hold a padding slot."""
+    ragged = k_slots < mask.kv_slots
+    return ragged or (mask.order is not None and mask.order.has_padding)
+
+
+def _blocks_with_holes(
+    mask: BlockMask, index: torch.Tensor | None, k_slots: int, device: torch.device
+) -> torch.Tensor:
     """Return bool [kv_blocks]: the block reaches past the keys or holds a padding slot."""
-    blocks = int(mask.keep.shape[2])
-    real = torch.ones(k_slots, dtype=torch.bool) if index is None else (index >= 0).all(0)
-    real = F.pad(real, (0, blocks * mask.kv_block - k_slots))
-    return ~real.view(blocks, mask.kv_block).all(1)
+    slot = torch.arange(mask.kv_slots, device=device)
+    real = slot < k_slots
+    if index is not None:
+        real &= F.pad((index >= 0).all(0).to(device), (0, mask.kv_slots - k_slots))
+    return ~real.view(-1, mask.kv_block).all(1)
 
 
 def _tile_words(mask: BlockMask, tile: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -182,17 +196,12 @@ def _launch_order(counts: torch.Tensor, heads: int) -> torch.Tensor:
     done = by_length.values.cumsum(1).double()
     long = (done <= LONG_SHARE * done[:, -1:]).flatten()
     head = counts.sum(1).argsort(descending=True, stable=True).argsort()  # rank of each head
-    task = (
-        torch.arange(heads, device=counts.device)[:, None] * counts.shape[1]
-    ) + by_length.indices
-    rank, length, flat = (
-        head[:, None].expand_as(task).flatten(),
-        by_length.values.flatten(),
-        task.flatten(),
-    )
-    first = flat[long][rank[long].argsort(stable=True)]
-    rest = flat[~long][length[~long].argsort(descending=True, stable=True)]
-    return torch.cat((first, rest)).int()
+    first = torch.arange(heads, device=counts.device)[:, None] * counts.shape[1]
+    task = (first + by_length.indices).flatten()
+    rank = head[:, None].expand(heads, counts.shape[1]).flatten()
+    behind = heads - by_length.values.flatten()  # short rows: after all heads, longest first
+    place = torch.where(long, rank, behind + by_length.values.amax())
+    return task[place.argsort(stable=True)].int()
 
 
 @torch.library.custom_op("dittools::block_sparse", mutates_args=())

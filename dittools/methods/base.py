@@ -205,7 +205,7 @@ def attend_masked(
     Going dense because it is faster is the caller's choice, made where it can be reported; with
     `exactly` the mask changes the picture on purpose, and such a choice is not offered.
     """
-    if mask.tiles is None and bool(mask.keep.all()):
+    if mask.is_whole:
         return backend.dense(call)
     if exactly and backend.name == "auto":  # a call for the log-sum-exp is never traded for dense
         return backend.block_sparse(call, mask, return_lse=True)[0]
