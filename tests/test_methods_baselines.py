@@ -235,6 +235,25 @@ def test_sparge_with_like_tokens_is_pooled_top_p_and_with_orthogonal_ones_dense(
     assert torch.equal(everything.attend(alone, BACKEND), BACKEND.dense(alone))
 
 
+@pytest.mark.parametrize("text", [(0, 0), (3, 9)])
+def test_sparge_compares_keys_without_their_mean_if_told(text: tuple[int, int]) -> None:
+    """A mean key that all share hides how unlike they are; taking it off brings that back."""
+    grid = TokenGrid(3, 5, 7, *text)
+    free, order = random_call(grid), block_order(grid, 16)
+    video = slice(text[0], text[0] + grid.tokens)
+    key = free.key.clone()
+    key[:, order.index[0, :40]] += 2  # five key blocks of like tokens, the others unlike
+    key -= key[:, video].mean(1, keepdim=True)
+    free = replace(free, query=free.query * 0.1 + 1, key=key)
+    shared = replace(free, key=free.key + 20)
+    params = {"density": 0.2, "similarity": 0.4, "block_size": 16}
+    centred, plain = Sparge(centred=True, **params), Sparge(**params)
+    expected = plain.select(free, order).keep
+    assert torch.equal(centred.select(shared, order).keep, expected)
+    assert torch.equal(centred.select(free, order).keep, expected)
+    assert int(plain.select(shared, order).keep.sum()) < int(expected.sum()) < expected.numel()
+
+
 @pytest.mark.parametrize("grid", [TokenGrid(3, 5, 7), TokenGrid(4, 6, 6, 3, 9)], ids=str)
 def test_sparge_is_sdpa_under_its_mask(grid: TokenGrid) -> None:
     call = random_call(grid)
