@@ -2,7 +2,9 @@
 
 Source: arXiv:2504.16922 and NATTEN (csrc/include/natten/cuda/reference/mask.hpp). The axes are
 independent, so the mask is a product of per-axis patterns; it is lowered exactly, with bit tiles
-where a tile is cut. Text is attended by, and attends to, everything.
+where a tile is cut. Text is attended by, and attends to, everything. Difference: what NATTEN
+refuses is cut to what fits, a window to its axis, or to its interleaved part of a dilated one, and
+a stride to its window.
 """
 
 import math

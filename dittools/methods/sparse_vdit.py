@@ -3,6 +3,8 @@
 Source: arXiv:2506.03065; its repository holds no code, so block rounding, stripe columns and the
 normalised loss are this project's. Band widths follow svg-project/Sparse-VideoGen, which the paper
 names. In position order the first frame is spread over all blocks: the multi-diagonal has no sink.
+Difference: the chooser leaves heads out only if told (`skip`), and where it runs, at the first
+sparse step, it fixes the patterns of all later ones; the paper searches every step beforehand.
 """
 
 from collections.abc import Sequence
