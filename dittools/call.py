@@ -180,7 +180,7 @@ class AttentionCall:
             return self
         named = self.head_index or tuple(range(self.head_count))
         chosen = tuple(named[i] for i in index)
-        where = torch.as_tensor(list(index), device=self.query.device)
+        where = torch.tensor(list(index)).to(self.query.device, non_blocking=True)
         bias = self.key_bias
         if bias is not None and bias.shape[1] > 1:
             bias = bias.index_select(1, where)

@@ -31,6 +31,7 @@ WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "histc",
     "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
     "_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_lstsq", "multinomial",
+    "_linalg_check_errors",
 }  # fmt: skip
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "vdot", "convolution"}
 NARROW = (torch.uint16, torch.uint32, torch.uint64)  # CUDA has next to no operators for them
@@ -120,6 +121,8 @@ class StandIn(torch.Tensor):
         return super().__getitem__(self._indices(index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, (bool, int, float)):  # CUDA fills, a build without it would copy
+            value = torch.full((), value, dtype=self.dtype, device=self.device)
         super().__setitem__(self._indices(index), value)
 
     def _indices(self, index: Any) -> Any:
@@ -220,7 +223,7 @@ class Device(TorchDispatchMode):
                 return _PYTHON_OPS[name]()(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             return self._copy(func, name, args, kwargs, target)
-        self._check(func, name, args, standing, flat, target)
+        self._check(func, name, args, standing, flat, kwargs)
         device = _placed(target) if target is not None else standing[0].device
         if target is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -238,7 +241,7 @@ class Device(TorchDispatchMode):
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
         if source.type == "cuda" and to.type == "cpu":
             self.wait("to the host")
-        elif source.type == "cpu" and to.type == "cuda":
+        elif source.type == "cpu" and to.type == "cuda" and not _unawaited(args, kwargs):
             self.wait("to the device")
         given = args
         args, kwargs = tree_map(_unwrap, (args, kwargs))
@@ -248,7 +251,7 @@ class Device(TorchDispatchMode):
         return StandIn(out, _placed(to)) if to.type == "cuda" else out
 
     def _check(
-        self, func: Any, name: str, args: Any, standing: list[StandIn], flat: Any, target: Any
+        self, func: Any, name: str, args: Any, standing: list[StandIn], flat: Any, kwargs: Any
     ) -> None:
         """Refuse what CUDA refuses and note what it waits for."""
         if torch.Tag.inplace_view in func.tags:
@@ -272,6 +275,8 @@ class Device(TorchDispatchMode):
             raise Mixed(f'"{name}_cuda" not implemented for {standing[-1].dtype}')
         if any(t.dtype in NARROW for t in standing) and name not in MOVES:
             raise Mixed(f'"{name}" not implemented for {[t.dtype for t in standing]}')
+        if name == "segment_reduce" and not kwargs.get("unsafe"):
+            self.wait(name)  # lengths are looked at
         if name in WAITS or (
             name == "repeat_interleave"
             and isinstance(args[0], StandIn)
@@ -295,6 +300,11 @@ class Device(TorchDispatchMode):
 
 def _placed(device: torch.device) -> torch.device:
     return torch.device("cuda", 0 if device.index is None else device.index)
+
+
+def _unawaited(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy is asked for without waiting: non_blocking is the third place of `copy_`."""
+    return bool(kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
 
 
 def _unwrap(value: Any) -> Any:

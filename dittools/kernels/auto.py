@@ -21,8 +21,13 @@ class AutoBackend:
         return choose_reasons(call, mask)
 
     def prefers_dense(self, call: AttentionCall, mask: BlockMask) -> bool:
-        """What the chosen backend says."""
-        return choose("auto", call, mask).prefers_dense(call, mask)
+        """What the chosen backend says; on a GPU anything is faster than the specification.
+
+        That goes through heads and blocks of queries one by one: thousands of launches.
+        """
+        chosen = choose("auto", call, mask)
+        slow = chosen.name == "reference" and call.query.device.type == "cuda"
+        return (slow and call.quantize == "none") or chosen.prefers_dense(call, mask)
 
     def dense(self, call: AttentionCall) -> torch.Tensor:
         """Return [B, S, H, D]: attention over all keys."""

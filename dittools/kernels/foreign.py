@@ -42,10 +42,6 @@ def _refuse(name: str, reasons: list[str]) -> None:
         raise UnsupportedCall(f"backend {name} cannot run this call", got=", ".join(reasons))
 
 
-def _keeps_all(mask: BlockMask) -> bool:
-    return mask.tiles is None and bool(mask.keep.all())
-
-
 class _DenseKernel(ABC):
     """A kernel that computes every pair; it runs a mask only when that keeps everything."""
 
@@ -69,7 +65,7 @@ class _DenseKernel(ABC):
             )
         if mask is not None:
             reasons += misfit(call, mask)
-            if not _keeps_all(mask):
+            if not mask.is_whole:
                 reasons.append(f"{self.package} computes every pair and this mask drops some")
         return reasons
 

@@ -213,7 +213,8 @@ def constants(
     """Return the compile-time arguments of the kernel; slots: inputs are in slot order already."""
     heads, head_dim = query.shape[2:]
     full = query.dtype == torch.float32
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    # `allow_tf32` raises once a program has set this newer name of it
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
     return {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
@@ -302,13 +303,15 @@ def run_kernel(
     absent = made.task  # stands in for pointers the compile-time arguments leave unread
     present = [absent if t is None else t for t in (bias, made.token_at, made.words, *scales)]
     options: dict[str, Any] = {"maxnreg": config.maxnreg} if config.maxnreg else {}
-    kernel[(out.shape[0] * tasks * (made.q_block // config.tile_m),)](
-        query, key, value, out, lse, *present[:2],
-        made.task, made.indptr, made.masked_from, made.block, made.tile, *present[2:],
-        *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
-        *line, index_stride,
-        tasks, q_blocks, 0 if shared_lists else q_blocks, made.q_slots, made.k_slots,
-        scale * LOG2E.value,
-        **fixed,
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True, **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):  # Triton launches on the current device, whatever it is given
+        kernel[(out.shape[0] * tasks * (made.q_block // config.tile_m),)](
+            query, key, value, out, lse, *present[:2],
+            made.task, made.indptr, made.masked_from, made.block, made.tile, *present[2:],
+            *query.stride(), *key.stride(), *value.stride(), *out.stride()[:3],
+            *line, index_stride,
+            tasks, q_blocks, 0 if shared_lists else q_blocks, made.q_slots, made.k_slots,
+            scale * LOG2E.value,
+            **fixed,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+            **options,
+        )  # fmt: skip

@@ -256,8 +256,10 @@ def attend_per_item(
     if bias is not None:
         bias = bias.expand(batch, heads, -1).reshape(1, batch * heads, -1)
     q, k, v = fold(call.query), fold(call.key), fold(call.value)
+    plain = None if call.unrotated is None else fold(call.unrotated)
     peers = None if call.peers is None else call.peers.folded(batch)
     folded = replace(call, query=q, key=k, value=v, key_mask=None, key_bias=bias, peers=peers)
+    folded = replace(folded, unrotated=plain, features=None)  # features know no heads
     out = run(replace(folded, items=batch))
     item: torch.Tensor = out[0]
     return item.view(item.shape[0], batch, heads, item.shape[2]).transpose(0, 1)

@@ -7,9 +7,12 @@ they are in the cache, and block after block by log-sum-exp, so nothing of size 
 Source: this project. Mean keys in place of keys are SpargeAttention's idea (arXiv:2502.18137).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
+from dittools.methods.placing import label_counts
 
 _TILE = {"cpu": 2**18, "cuda": 2**25}  # scores held at a time: a CPU's second-level cache
 _GOLDEN = 0.6180339887498949
@@ -54,6 +57,19 @@ def sampled_slots(
     sizes = (tokens - starts).clamp(max=block_size)
     picked = (starts[:, None] + slots_amid(sizes, rows, turn)).flatten()
     return picked[torch.cat((picked.new_ones(1), picked.diff())) > 0]  # short blocks repeat some
+
+
+@lru_cache(maxsize=32)
+def _owned_slots(
+    tokens: int, block_size: int, rows: int, blocks: int, turn: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return `sampled_slots`, the block each belongs to, counted through, and how many there are.
+
+    Layers of one step ask for the same.
+    """
+    slots = sampled_slots(tokens, block_size, rows, blocks, turn)
+    owner = torch.unique_consecutive(slots // block_size, return_inverse=True)[1]
+    return slots.to(device), owner.to(device), int(owner[-1]) + 1
 
 
 def slots_amid(sizes: torch.Tensor, rows: int, turn: int = 0) -> torch.Tensor:
@@ -208,14 +224,17 @@ def sampled_mass(
         key_index: the token of each slot of keys, if other ones.
         bias: float [H or 1, S or more] added to the scaled scores.
     """
-    slots = sampled_slots(tokens, block_size, rows, blocks, turn).to(query.device)
+    slots, owner, owners = _owned_slots(tokens, block_size, rows, blocks, turn, query.device)
     keys = pool_keys(
         key, index if key_index is None else key_index, tokens, key_block or block_size, run, bias
     )
     shares = block_shares(gather_heads(query, index[:, slots]), keys, scale)
-    owner = torch.unique_consecutive(slots // block_size, return_inverse=True)[1]
-    mass = shares.new_zeros((shares.shape[0], int(owner[-1]) + 1, shares.shape[2]))
-    return mass.index_add_(1, owner, shares)
+    if shares.device.type == "cpu":
+        mass = shares.new_zeros((shares.shape[0], owners, shares.shape[2]))
+        return mass.index_add_(1, owner, shares)
+    sizes = label_counts(owner, owners)  # adding on a GPU would go in the order threads run
+    lengths = sizes.expand(len(shares), -1).contiguous()
+    return torch.segment_reduce(shares, "sum", lengths=lengths, axis=1, unsafe=True)
 
 
 def run_length(block_size: int, runs: int = 8) -> int:

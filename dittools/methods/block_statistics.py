@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from dittools.methods.block_sampling import sampled_slots
+from dittools.methods.placing import label_counts, sent
 
 _CHUNK = 2**24  # attention weights held at a time
 
@@ -62,7 +63,8 @@ def statistics(
     heads, blocks = query.shape[1], -(-tokens // block_size)
     sizes = torch.full((blocks,), block_size, device=query.device)
     sizes[-1] = tokens - (blocks - 1) * block_size
-    picked = sampled_slots(tokens, block_size, rows or block_size).to(query.device)
+    picked = sampled_slots(tokens, block_size, rows or block_size)
+    picked = sent(picked, query.device)
     owner = picked // block_size
     k = key.transpose(0, 1).float()
     out = [torch.zeros((heads, blocks, blocks), device=query.device) for _ in range(3)]
@@ -78,7 +80,7 @@ def statistics(
         at = where[None, :, None].expand(heads, -1, blocks)
         out[1].scatter_reduce_(1, at, cut.amax(-1), "amax")
         out[2].index_add_(1, where, (cut < eps).sum(-1).float() - _pads(sizes, block_size))
-    counts = torch.bincount(owner, minlength=blocks)  # sampled queries per block
+    counts = label_counts(owner, blocks)  # sampled queries per block
     area = (counts[:, None] * sizes).float()
     return Statistics(out[0], out[1], out[2] / area, area)
 

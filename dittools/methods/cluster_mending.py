@@ -8,6 +8,7 @@ from dittools.kernels import Backend
 from dittools.methods.base import tell
 from dittools.methods.block_sampling import gather_heads
 from dittools.methods.cluster_layout import Groups
+from dittools.methods.placing import sent
 from dittools.methods.probes import probe_rows
 from dittools.methods.repair import fit_repair
 
@@ -43,7 +44,7 @@ def mend(
     weight = None
     if groups is None:
         drawn = probe_rows(grid.tokens, probes, 1009 * call.layer + call.step)
-        rows = drawn.to(call.query.device).expand(call.head_count, -1)
+        rows = sent(drawn, call.query.device).expand(call.head_count, -1)
     else:
         rows, weight = group_rows(call, groups, probes)
     rows = rows + grid.text_before

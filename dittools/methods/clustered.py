@@ -40,6 +40,7 @@ from dittools.methods.partition import (
     response_labels,
     split_labels,
 )
+from dittools.methods.placing import sent
 from dittools.methods.repair import RIDGE
 
 SCORES = ("error", "weight", "mass")
@@ -269,7 +270,7 @@ class Clustered:
         if len(shares) > 1:  # places past the list belong to further items of a batch
             shares = tuple(shares[place % len(shares)] for place in call.places)
         floors = [max(1, int(share * count + 1e-9)) if share else 0 for share in shares]
-        return torch.tensor(floors, device=call.query.device)
+        return sent(torch.tensor(floors), call.query.device)
 
     def _worth(self, call: AttentionCall, groups: Groups, tiles: KeyTiles) -> torch.Tensor:
         """Return [H, query groups, key groups]: error of skipping a group, per key of it."""

@@ -4,6 +4,9 @@ Queries are copied once per chosen block, so that those of one block stand toget
 of a query are merged by log-sum-exp: exact per token whatever the tiles.
 """
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
 from dittools.call import AttentionCall
@@ -24,31 +27,17 @@ class KeyBlocks:
 
         Args:
             call: batch 1.
-            block: int64 [grid.tokens], the block of every token of the grid.
+            block: int64 [grid.tokens] on the CPU, the block of every token of the grid.
             tile: tokens per computed tile.
         """
         self.call, self.tile = call, tile
-        grid, device = call.grid, call.query.device
-        self.first_row = grid.text_before
-        video = slice(grid.text_before, grid.text_before + grid.tokens)
-        blocks = int(block.max()) + 1
-        group = torch.full((grid.total,), blocks, device=device)
-        group[video] = block
-        groups = blocks + (grid.text > 0)
-        self.counts = counts = torch.bincount(group, minlength=groups)
-        tiles = -(-counts // tile)
-        start = (tiles.cumsum(0) - tiles) * tile
-        by_block = group.argsort(stable=True)
-        ordered = group[by_block]
-        rank = torch.arange(grid.total, device=device) - (counts.cumsum(0) - counts)[ordered]
-        self.owner = torch.arange(groups, device=device).repeat_interleave(tiles)
-        slots = len(self.owner) * tile
-        slot = start[ordered] + rank
-        token = slot.new_full((slots,), 0).scatter_(0, slot, by_block)
+        device = call.query.device
+        self.first_row = call.grid.text_before
+        self.counts, self.owner, token, slot, by_block = _stand(block, call.grid, tile, device)
         self.key, self.value = (x.index_select(1, token) for x in (call.key, call.value))
         bias = call.additive_mask()
         heads = 1 if bias is None else bias.shape[1]
-        self.bias = torch.full((1, heads, slots), float("-inf"), device=device)
+        self.bias = torch.full((1, heads, len(token)), float("-inf"), device=device)
         self.bias[0, :, slot] = 0.0 if bias is None else bias[0][:, by_block].float()
 
     def attend(self, backend: Backend, member: torch.Tensor) -> torch.Tensor:
@@ -62,32 +51,46 @@ class KeyBlocks:
         """
         (heads, _, tokens), width = member.shape, self.call.query.shape[3]
         room = max(1, _COPIES[member.device.type == "cpu"] // width)
-        copies = -(-int(member.count_nonzero()) // heads)  # of a head
+        chosen = int(member.count_nonzero())
+        copies = -(-chosen // heads)  # of a head
         some, pieces = max(1, room // copies), -(-copies // room)
         if some >= heads and pieces == 1:
-            return self._attend_some(backend, member, 0, 0)[None]
+            return self._attend_some(backend, member, 0, 0, chosen)[None]
         wide = torch.promote_types(self.call.query.dtype, torch.float32)
         out = torch.empty((1, tokens, heads, width), dtype=wide, device=member.device)
         part = -(-tokens // pieces)
         for head in range(0, heads, some):
             for token in range(0, tokens, part):
                 of, queries = slice(head, head + some), slice(token, token + part)
-                chosen = member[of, :, queries].contiguous()
-                out[0, queries, of] = self._attend_some(backend, chosen, head, token)
+                some_of = member[of, :, queries].contiguous()
+                chosen = int(some_of.count_nonzero())
+                out[0, queries, of] = self._attend_some(backend, some_of, head, token, chosen)
         return out
 
     def _attend_some(
-        self, backend: Backend, member: torch.Tensor, first_head: int, first_token: int
+        self,
+        backend: Backend,
+        member: torch.Tensor,
+        first_head: int,
+        first_token: int,
+        count: int,
     ) -> torch.Tensor:
-        """Return float [S, H, D] of the heads and queries that `member` is about."""
+        """Return float [S, H, D] of the heads and queries that `member` is about.
+
+        It holds `count` true entries.
+        """
         (heads, groups, tokens), device, tile = member.shape, member.device, self.tile
-        chosen = member.flatten().nonzero().flatten()  # group after group
+        if device.type == "cuda":  # where the number is known nothing is waited for
+            chosen = torch.nonzero_static(member.flatten(), size=count).flatten()
+        else:
+            chosen = member.flatten().nonzero().flatten()  # group after group
         edge = torch.arange(heads * groups + 1, device=device) * tokens
         first = torch.searchsorted(chosen, edge)
         sizes = first.diff()
         tiles = -(-sizes // tile).view(heads, groups)
         ends = tiles.cumsum(1)
-        q_tiles = int(ends[:, -1].max())
+        rank_of = member.cumsum(1, dtype=torch.uint8 if groups < 256 else torch.int16)
+        q_tiles, most = torch.stack((ends[:, -1].max(), rank_of[:, -1].max().long())).tolist()
 
         def each(of_group: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
             return of_group.flatten().repeat_interleave(sizes, output_size=len(chosen)).add_(plus)
@@ -111,7 +114,8 @@ class KeyBlocks:
         out, lse = self._run(backend, query, keep, pairs, first_head)
         at = slot if heads == 1 else each(head - head * q_tiles * tile * heads, slot * heads)
         query_at = token if heads == 1 else each(head, token * heads)
-        return _merge(out, lse, _parts(member, chosen, query_at, at)).view(tokens, heads, -1)
+        parts = _parts(rank_of, most, chosen, query_at, at)
+        return _merge(out, lse, parts).view(tokens, heads, -1)
 
     def _run(
         self,
@@ -135,21 +139,48 @@ class KeyBlocks:
         return backend.block_sparse(call, mask, return_lse=True)
 
 
+class _Stand(NamedTuple):
+    """Where the keys of a grid stand in tiles; see `KeyBlocks`."""
+
+    counts: torch.Tensor  # int64 [groups], keys of each
+    owner: torch.Tensor  # int64 [tiles], the group of each
+    token: torch.Tensor  # int64 [slots], 0 where there is none
+    slot: torch.Tensor  # int64 [grid.total], of the tokens as in by_block
+    by_block: torch.Tensor  # int64 [grid.total], group after group
+
+
+@lru_cache(maxsize=16)
+def _stand(block: torch.Tensor, grid: TokenGrid, tile: int, device: torch.device) -> _Stand:
+    """Lay the keys out on the CPU and bring that to a device; the same for every call of a size."""
+    blocks = int(block.max()) + 1
+    group = torch.full((grid.total,), blocks)
+    group[grid.text_before : grid.text_before + grid.tokens] = block
+    groups = blocks + (grid.text > 0)
+    counts = torch.bincount(group, minlength=groups)
+    tiles = -(-counts // tile)
+    start = (tiles.cumsum(0) - tiles) * tile
+    by_block = group.argsort(stable=True)
+    ordered = group[by_block]
+    rank = torch.arange(grid.total) - (counts.cumsum(0) - counts)[ordered]
+    owner = torch.arange(groups).repeat_interleave(tiles)
+    slot = start[ordered] + rank
+    token = slot.new_zeros(len(owner) * tile).scatter_(0, slot, by_block)
+    return _Stand(*(t.to(device) for t in (counts, owner, token, slot, by_block)))
+
+
 def _parts(
-    member: torch.Tensor, chosen: torch.Tensor, query: torch.Tensor, at: torch.Tensor
+    rank: torch.Tensor, most: int, chosen: torch.Tensor, query: torch.Tensor, at: torch.Tensor
 ) -> torch.Tensor:
     """Return int64 [S * H, most]: the rows of each query's parts, -1 for none.
 
     Args:
-        member: bool [H, groups, S].
+        rank: [H, groups, S], the groups a query chose so far.
+        most: the largest of them.
         chosen: int64 [n], the places of its true entries.
         query: int64 [n], token * H + head of each.
         at: int64 [n], the row of each.
     """
-    heads, groups, tokens = member.shape
-    narrow = torch.uint8 if groups < 256 else torch.int16
-    rank = member.cumsum(1, dtype=narrow)
-    most = int(rank[:, -1].max())
+    heads, _, tokens = rank.shape
     parts = at.new_full((tokens * heads * most,), -1)
     parts.scatter_(0, query * most + (rank.flatten()[chosen] - 1), at)
     return parts.view(-1, most)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from dittools.methods.placing import label_counts
+
 # token-centroid distances of one head held at a time, on a CPU those that fit its cache, elsewhere
 _DISTANCES = {True: 2**17, False: 2**22}
 _MANY = 4  # rounds from which on searches are remembered
@@ -226,7 +228,7 @@ def cluster_sums(
         flat, rows = flat.t().flatten(), points.transpose(0, 1).reshape(-1, width)
     else:
         flat, rows = flat.flatten(), points.reshape(-1, width)
-    sizes = torch.bincount(flat, minlength=heads * count)
+    sizes = label_counts(flat, heads * count)
     if points.device.type == "cpu":
         sums = rows.new_zeros((heads * count, width)).index_add_(0, flat, rows)
     else:
@@ -240,7 +242,7 @@ def sorted_sums(rows: torch.Tensor, labels: torch.Tensor, sizes: torch.Tensor) -
     Adding rows one by one would go in the order threads happen to run.
     """
     ordered = rows.index_select(0, labels.argsort(stable=True))
-    sums: torch.Tensor = torch.segment_reduce(ordered, "sum", lengths=sizes, axis=0)
+    sums: torch.Tensor = torch.segment_reduce(ordered, "sum", lengths=sizes, axis=0, unsafe=True)
     return sums
 
 

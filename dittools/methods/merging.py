@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dittools.grid import TokenGrid
+from dittools.methods.placing import sent
 
 _PIECE = 1 << 23  # likeness scores held at a time
 
@@ -51,7 +52,7 @@ def match(
     split = _split(grid.shape, cell, seed)
     if split is None:
         return None
-    sources, destinations = (part.to(features.device) for part in split)
+    sources, destinations = (sent(part, features.device) for part in split)
     wide = torch.promote_types(features.dtype, torch.float32)
     unit = torch.nn.functional.normalize(features.to(wide), dim=-1)
     ours, theirs = unit[:, sources], unit[:, destinations].transpose(1, 2)

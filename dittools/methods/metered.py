@@ -33,6 +33,7 @@ from dittools.methods.metered_blocks import KEYS, Blocks, alike_keys, alike_orde
 from dittools.methods.metered_choice import block_mass, error_scores, order_names, some_heads
 from dittools.methods.metered_state import State
 from dittools.methods.paro import NAMES
+from dittools.methods.placing import sent
 from dittools.methods.probes import probe_rows, rows_by_backend
 from dittools.methods.repair import RIDGE, fit_repair
 from dittools.methods.selection import keep_share
@@ -235,7 +236,7 @@ class Metered:
         starting: bool,
     ) -> None:
         """Choose the blocks worth their cost; heads too far off get more, or all."""
-        at = torch.tensor(stale, device=call.query.device)
+        at = sent(torch.tensor(stale), call.query.device)
         score = self.scores(*some_heads(call, blocks, runs, stale))
         score = score.nan_to_num(nan=0.0, posinf=0.0)  # a broken head sets no threshold
         if self.carry:
@@ -278,7 +279,7 @@ class Metered:
         """Return int64 [R]: this call's probe rows, other ones at every layer and step."""
         seed = 1009 * call.layer + call.step
         rows = probe_rows(call.grid.tokens, self.probes, seed) + call.grid.text_before
-        return rows.to(call.query.device)
+        return sent(rows, call.query.device)
 
     def _mended(
         self,

@@ -20,6 +20,7 @@ from dittools.methods.compensation import Runs
 from dittools.methods.error_score import pooling_error
 from dittools.methods.metered_blocks import Blocks
 from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
+from dittools.methods.placing import sent
 from dittools.order import TokenOrder
 
 
@@ -46,7 +47,7 @@ def some_heads(
     """Return a call of batch 1, its blocks and runs for some heads, to look at and not to run."""
     if len(which) == call.head_count:
         return call, blocks, runs
-    at = torch.tensor(which, device=call.query.device)
+    at = sent(torch.tensor(which), call.query.device)
     bias = call.key_bias
     looked_at = replace(
         call,
@@ -91,7 +92,7 @@ def error_scores(
         sizes = (tokens - start).clamp(max=size)
         slots = (start[:, None] + slots_amid(sizes, rows, turn)).flatten()
         each = rows
-    index = order.index[:, slots.to(order.index.device)]
+    index = order.index[:, sent(slots, order.index.device)]
     query = gather_heads(call.query[0], index)
     text = _text_scores(call, query)
     return pooling_error(query, runs, text, call.softmax_scale, each, pooled)
@@ -135,7 +136,7 @@ def _without_padding(order: TokenOrder, grid: TokenGrid, size: int) -> torch.Ten
     """Return int64 [H or 1, total]: the tokens of a `padded_order`, the text last."""
     text = -(-grid.tokens // size) * size + torch.arange(grid.text)
     slots = torch.cat((torch.arange(grid.tokens), text))
-    return order.index.index_select(1, slots.to(order.index.device))
+    return order.index.index_select(1, sent(slots, order.index.device))
 
 
 def _text_scores(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
@@ -145,7 +146,7 @@ def _text_scores(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
     at = torch.cat((token[: grid.text_before], token[grid.text_before + grid.tokens :]))
     if not len(at):
         return query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-    at = at.to(query.device)
+    at = sent(at, query.device)
     scores = (query @ call.key[0, at].permute(1, 2, 0)).float() * call.softmax_scale
     bias = call.additive_mask()
     if bias is not None:

@@ -15,6 +15,7 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.mask import BlockMask, pack_bits
 from dittools.methods.base import attend_exactly
+from dittools.methods.placing import placed
 from dittools.order import TokenOrder
 
 FACTORS = (1, 2, 4, 8)
@@ -107,7 +108,9 @@ def _pool(
         part = index[first : first + each]
         sums = source.index_select(0, part.clamp(min=0)).to(wide)
         hole = part < 0
-        if bool(hole.any()):
+        if source.device.type != "cpu":  # whether there is one would have to be read back
+            sums.masked_fill_(hole[:, None, None], 0)
+        elif bool(hole.any()):
             sums[hole] = 0
         level = 0
         for factor, count in zip(FACTORS[1:], counts[1:], strict=True):  # from the one before
@@ -168,7 +171,7 @@ def level_mask(
         torch.cat(parts, dim=2),
         (size, width),
         tile_index=torch.cat(cuts, dim=2) if shared else None,
-        tiles=_shared_tiles(size, keys).to(levels.device) if shared else None,
+        tiles=placed(_shared_tiles(size, keys), levels.device) if shared else None,
         order=order,
         q_tokens=grid.total,
         kv_tokens=kv_tokens,

@@ -19,6 +19,7 @@ from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.base import attend_exactly, attend_per_item, check_params, param
 from dittools.methods.curves import neighbour_blocks, placed_order
+from dittools.methods.placing import placed
 from dittools.methods.selection import block_sizes, keep_top, mass_counts, slot_means
 from dittools.order import TokenOrder
 
@@ -63,9 +64,10 @@ class Rectified:
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         order = placed_order(call.grid, self.block_size, CURVES[self.curve], call.query.device)
         chosen = rectified_blocks(call, self, order)
-        if bool(chosen.kept.all()):
+        mask = _mask(call.grid, self, chosen.kept, order)
+        if mask.is_whole:
             return backend.dense(call)
-        out = attend_exactly(call, backend, _mask(call.grid, self, chosen.kept, order))
+        out = attend_exactly(call, backend, mask)
         if out is None:
             return backend.dense(call)
         values = slot_means(order.apply(call.value), call.grid.tokens, self.block_size)
@@ -103,8 +105,7 @@ def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) 
     q, k = slot_means(query, grid.tokens, size), slot_means(key, grid.tokens, size)
     raw = q @ k.transpose(1, 2)  # [H, blocks, blocks]
     sizes = block_sizes(grid.tokens, size, raw)
-    text_at = order.index[0, -(-grid.tokens // size) * size :]
-    text_at = text_at[text_at >= 0]
+    text_at = order.index[0, -(-grid.tokens // size) * size :][: grid.text]
     texts = (q @ call.key[0, text_at].to(q.dtype).permute(1, 2, 0)) * call.softmax_scale
     bias = call.additive_mask()
     if bias is not None:
@@ -115,7 +116,7 @@ def rectified_blocks(call: AttentionCall, method: Rectified, order: TokenOrder) 
     probability, text = mass / whole[..., None], text / whole
     kept = _rank(probability, text, method)
     if method.neighbours:
-        kept = kept | neighbour_blocks(grid, size, CURVES[method.curve]).to(kept.device)
+        kept = kept | placed(neighbour_blocks(grid, size, CURVES[method.curve]), kept.device)
     if method.first_frame:
         first = first_frame_blocks(grid, size)
         kept[:, :first, :first] = True

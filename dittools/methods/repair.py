@@ -83,17 +83,26 @@ class Repair(NamedTuple):
         `query` [1, S, H, D] is asked for where the fit was given that of its rows.
         """
         worth = (self.gate > 0) & (self.before > 0)
-        useful = (worth if heads is None else worth & heads).nonzero().flatten()
-        if not len(useful):
-            return
-        every, width = len(useful) == len(self.gate), out.shape[3]
+        worth = worth if heads is None else worth & heads
+        gate, slope, offset = self.gate[:, None, None], self.slope, self.offset
+        every, width, kind = out.device.type != "cpu", out.shape[3], out.dtype
+        useful = torch.arange(len(gate), device=out.device)
+        if every:  # which heads gain would have to be read back: the others add exactly nothing
+            gate, slope, offset = (
+                torch.where(worth[:, None, None], x, 0.0) for x in (gate, slope, offset)
+            )
+        else:
+            useful = worth.nonzero().flatten()
+            if not len(useful):
+                return
+            every = len(useful) == len(gate)
+            gate, slope, offset = (x[useful] for x in (gate, slope, offset))
 
         def part(x: torch.Tensor) -> torch.Tensor:
             return x[0, span] if every else x[0, span].index_select(1, useful)
 
         # the error is small beside the output: half precision has bits enough for it
-        gate, kind = self.gate[useful, None, None], out.dtype
-        slope, change = ((gate * x[useful]).to(kind) for x in (self.slope, self.offset))
+        slope, change = ((gate * x).to(kind) for x in (slope, offset))
         change = torch.baddbmm(change, part(out).transpose(0, 1), slope[:, :width])
         if query is not None:
             change.baddbmm_(part(query).transpose(0, 1), slope[:, width:])
@@ -189,7 +198,7 @@ def _fit(rows: Rows, ridge: float, rank: int) -> _Fit:
     apart = (rows.error - shift) * rows.root
     gram = x @ x.transpose(1, 2)
     gram.diagonal(dim1=1, dim2=2).add_(ridge * total[:, 0])
-    slope = x.transpose(1, 2) @ torch.linalg.solve(gram, apart)
+    slope = x.transpose(1, 2) @ torch.linalg.solve_ex(gram, apart).result
     if 0 < rank < min(apart.shape[1:]):
         directions = torch.linalg.svd(apart, full_matrices=False).Vh[:, :rank]
         slope = slope @ directions.transpose(1, 2) @ directions

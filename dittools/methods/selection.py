@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from dittools.grid import TokenGrid
 from dittools.mask import BlockMask
+from dittools.methods.placing import placed
 from dittools.order import TokenOrder
 
 
@@ -94,7 +95,7 @@ def row_mask(
     Blocks that hold text are kept as rows and as columns, and so is the diagonal. `keep` is
     changed in place.
     """
-    text = text_blocks(grid, block_size).to(keep.device)
+    text = placed(text_blocks(grid, block_size), keep.device)
     keep |= text | text[:, None]
     keep.diagonal(dim1=-2, dim2=-1).fill_(True)
     return BlockMask(keep, block_size, order=order, q_tokens=grid.total, kv_tokens=grid.total)

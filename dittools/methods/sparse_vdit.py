@@ -19,6 +19,7 @@ from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods.bands import band_mask, stripe_mask
 from dittools.methods.base import attend_masked, bad_param, check_params, param
+from dittools.methods.placing import sent
 
 MODES = ("full", "skip", "diagonal", "multi_diagonal", "stripe")
 _CHUNK = {True: 2**17, False: 2**26}  # elements whose error is taken at a time: on a CPU, elsewhere
@@ -116,7 +117,7 @@ class SparseVDiT:
         out = torch.zeros_like(call.query)
         for mode, heads in used:
             if mode != "skip":
-                where = torch.tensor(heads, device=out.device)
+                where = sent(torch.tensor(heads), out.device)
                 out.index_copy_(2, where, self._attend_mode(call.heads(heads), backend, mode))
         return out
 
@@ -147,7 +148,7 @@ def choose_modes(
     for mode, out in outputs.items():
         heads = [head for head, one in enumerate(modes) if one == mode]
         if heads:
-            where = torch.tensor(heads, device=out.device)
+            where = sent(torch.tensor(heads), out.device)
             chosen.index_copy_(2, where, out.index_select(2, where))
     return modes, chosen
 

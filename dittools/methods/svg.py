@@ -19,6 +19,7 @@ from dittools.kernels import Backend
 from dittools.mask import BlockMask, unpack_bits
 from dittools.methods.bands import band_mask, exact_band_mask
 from dittools.methods.base import attend_masked, attend_per_item, check_params, param
+from dittools.methods.placing import sent
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,17 @@ class SVG:
             index = heads.nonzero().flatten()
             if len(index):
                 part = attend_masked(call.heads(index.tolist()), backend, mask)
-                out.index_copy_(2, index.to(device), part)
+                out.index_copy_(2, sent(index, device), part)
         return out
 
     def temporal_heads(self, call: AttentionCall) -> torch.Tensor:
         """Return bool [H]: heads whose sampled queries lose less under the temporal band."""
         grid = call.grid
         rows = min(self.rows, grid.tokens)
-        picked = grid.text_before + (2 * torch.arange(rows) + 1) * grid.tokens // (2 * rows)
         device = call.query.device
-        query = call.query[0, picked.to(device)].transpose(0, 1).float() * call.softmax_scale
+        odd = 2 * torch.arange(rows, device=device) + 1
+        picked = grid.text_before + odd * grid.tokens // (2 * rows)
+        query = call.query[0, picked].transpose(0, 1).float() * call.softmax_scale
         scores = query @ call.key[0].permute(1, 2, 0).float()  # [H, rows, S]
         bias = call.additive_mask()
         if bias is not None:
@@ -87,7 +89,7 @@ class SVG:
         full = torch.softmax(scores, dim=-1) @ value
         losses = []
         for mask in self.masks(grid):
-            seen = _rows_of(mask, picked).to(device)
+            seen = _rows_of(mask.to(device), picked)
             out = torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ value
             losses.append((out - full).square().mean(dim=(1, 2)))
         return (losses[1] < losses[0]).cpu()

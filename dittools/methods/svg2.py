@@ -22,6 +22,7 @@ from dittools.kernels import Backend
 from dittools.mask import BlockMask, pack_bits
 from dittools.methods.base import attend_exactly, attend_per_item, check_params, param
 from dittools.methods.kmeans import Clusters, drawn_tokens, kmeans
+from dittools.methods.placing import placed
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def tile_mask(kept: torch.Tensor, rows: Layout, columns: Layout) -> BlockMask:
         keep,
         (rows.size, columns.size),
         tile_index=index,
-        tiles=_corner_tiles(rows.size, columns.size).to(keep.device),
+        tiles=placed(_corner_tiles(rows.size, columns.size), keep.device),
         q_tokens=rows.token.shape[1],
         kv_tokens=columns.token.shape[1],
     )

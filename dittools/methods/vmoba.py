@@ -22,6 +22,8 @@ from dittools.grid import TokenGrid
 from dittools.kernels import Backend
 from dittools.methods.base import attend_masked, attend_per_item, bad_param, check_params, param
 from dittools.methods.key_blocks import KeyBlocks
+from dittools.methods.kmeans import sorted_sums
+from dittools.methods.placing import label_counts, placed
 from dittools.methods.selection import block_means, keep_top, row_mask
 from dittools.order import TokenOrder
 
@@ -138,12 +140,18 @@ def partition(grid: TokenGrid, sides: tuple[int, int, int]) -> torch.Tensor:
     return row * across + rest % grid.width // sides[2]
 
 
-def block_keys(key: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-    """Return float32 [H, D, blocks]: the mean key of every block of [S, H, D], S in blocks [S]."""
-    count = int(block.max()) + 1
-    sums = torch.zeros((count, *key.shape[1:]), dtype=torch.float32, device=key.device)
-    sums.index_add_(0, block, key.float())
-    return (sums / torch.bincount(block, minlength=count)[:, None, None]).permute(1, 2, 0)
+def block_keys(key: torch.Tensor, block: torch.Tensor, count: int = 0) -> torch.Tensor:
+    """Return float32 [H, D, blocks]: the mean key of every block of [S, H, D], S in blocks [S].
+
+    `count` is their number, 0 looks it up.
+    """
+    count = count or int(block.max()) + 1
+    sizes, rows = label_counts(block, count), key.float().flatten(1)
+    if key.device.type == "cpu":
+        sums = rows.new_zeros((count, rows.shape[1])).index_add_(0, block, rows)
+    else:
+        sums = sorted_sums(rows, block, sizes)
+    return (sums / sizes[:, None]).view(count, *key.shape[1:]).permute(1, 2, 0)
 
 
 def select(
@@ -229,10 +237,10 @@ def _attend_tokens(
     call: AttentionCall, backend: Backend, method: VMoBA, block: torch.Tensor, top_k: int
 ) -> torch.Tensor:
     """Run every query once per block it chose, and merge the parts."""
-    block = block.to(call.query.device)
+    on = placed(block, call.query.device)
     video = _video(call.grid)
-    means = block_keys(call.key[0, video], block)
-    kept = members(call.query[0, video], means, block, method, top_k)
+    means = block_keys(call.key[0, video], on, int(block.max()) + 1)
+    kept = members(call.query[0, video], means, on, method, top_k)
     if call.grid.text:  # one more block, which every query sees
         kept = torch.nn.functional.pad(kept, (0, 0, 0, 1), value=True)
     merged = KeyBlocks(call, block, method.block_size).attend(backend, kept)
@@ -260,10 +268,10 @@ def _attend_tiles(
     a chosen block.
     """
     grid, tile, device = call.grid, method.block_size, call.query.device
-    order = _block_order(grid, block)
-    query, key = order.to(device).apply(call.query), order.to(device).apply(call.key)
-    block = block.sort().values.to(device)
-    means = block_keys(key[0, : grid.tokens], block)
+    order, count = _block_order(grid, block, device), int(block.max()) + 1
+    query, key = order.apply(call.query), order.apply(call.key)
+    block = placed(block, device).sort().values
+    means = block_keys(key[0, : grid.tokens], block, count)
     pooled = block_means(query[:, : grid.tokens], tile)[0]  # [H, tiles, D]
     tiles = pooled.shape[1]
     own = block[(torch.arange(tiles, device=device) * tile + tile // 2).clamp(max=grid.tokens - 1)]
@@ -280,11 +288,12 @@ def _text_behind(grid: TokenGrid) -> TokenGrid:
     return replace(grid, text_before=0, text_after=grid.text)
 
 
-def _block_order(grid: TokenGrid, block: torch.Tensor) -> TokenOrder:
-    """Return the order block by block, then text."""
+@lru_cache(maxsize=16)
+def _block_order(grid: TokenGrid, block: torch.Tensor, device: torch.device) -> TokenOrder:
+    """Return the order block by block, then text, on a device."""
     token = torch.arange(grid.total)
     video = _video(grid)
     index = torch.cat(
         (token[video][block.argsort(stable=True)], token[: video.start], token[video.stop :])
     )
-    return TokenOrder(index[None], grid.total)
+    return TokenOrder(index[None], grid.total).to(device)

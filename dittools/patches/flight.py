@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from dittools.call import AttentionCall
+from dittools.methods.placing import sent
 from dittools.methods.probes import exact_rows, probe_rows, squared_error
 from dittools.patches.recorder import (
     BLIND,
@@ -259,7 +260,7 @@ class Flight:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return squared error and squared size [H] over rows drawn for this call."""
         seed = zlib.crc32(f"{view.key} {view.step} {again}".encode())
-        rows = probe_rows(call.query.shape[1], count, seed).to(found.device)
+        rows = sent(probe_rows(call.query.shape[1], count, seed), found.device)
         with torch.no_grad():
             some, exact = found.index_select(1, rows), exact_rows(call, rows)
             if call.key_mask is not None:  # nobody reads the rows of padded tokens
@@ -352,7 +353,7 @@ class Flight:
 
 def put_heads(out: torch.Tensor, places: tuple[int, ...], part: torch.Tensor) -> torch.Tensor:
     """Return [B, S, H, D] with some heads exchanged."""
-    where = torch.as_tensor(places, device=out.device)
+    where = sent(torch.tensor(places), out.device)
     return out.index_copy(2, where, part.to(out.dtype))
 
 

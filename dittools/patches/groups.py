@@ -7,6 +7,7 @@ import torch
 from dittools.call import AttentionCall
 from dittools.errors import DitToolsError, UnsupportedCall
 from dittools.methods import Method
+from dittools.methods.placing import sent
 from dittools.patches.flight import put_heads
 from dittools.patches.inputs import lacking
 from dittools.patches.meter import DENSE_IS_FASTER, Meter
@@ -162,7 +163,7 @@ class _Work:
         out = self.dense(places)
         if places == heads:
             return out
-        where = torch.tensor([places.index(head) for head in heads], device=out.device)
+        where = sent(torch.tensor([places.index(head) for head in heads]), out.device)
         return out.index_select(2, where)
 
     def checked(
@@ -269,6 +270,6 @@ def _scatter(
     """Put the results of groups of heads together, [B, S, H, D]."""
     out = torch.empty_like(whole.query, memory_format=torch.contiguous_format)
     for heads, result in parts:
-        where = torch.as_tensor(heads, device=out.device)
+        where = sent(torch.tensor(heads), out.device)
         out.index_copy_(2, where, result.to(out.dtype))
     return out

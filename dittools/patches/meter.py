@@ -115,10 +115,10 @@ def _pair_count(call: AttentionCall) -> float:
 def mask_density(mask: BlockMask) -> float | torch.Tensor:
     """Return the share of kept pairs, once per mask.
 
-    A mask without bit tiles on a GPU gives a 0-d tensor: reading it would make the GPU wait.
+    A mask on a GPU gives a 0-d tensor: reading it would make the GPU wait.
     """
     if mask not in _DENSITY:
-        if mask.tiles is None and mask.keep.device.type != "cpu":
+        if mask.keep.device.type != "cpu":
             _DENSITY[mask] = mask.head_density().mean()
         else:
             _DENSITY[mask] = mask.density
