@@ -158,3 +158,19 @@ def test_tile_shapes_hold_the_block_and_pad_least() -> None:
 def test_the_curve_covers_odd_boxes(shape: tuple[int, int, int]) -> None:
     order = gilbert(*shape)
     assert torch.equal(order.sort().values, torch.arange(shape[0] * shape[1] * shape[2]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        ((1, 5, 2), [0, 1, 3, 2, 4, 6, 5, 7, 9, 8]),
+        ((2, 3, 3), [0, 9, 10, 1, 4, 13, 12, 3, 6, 7, 15, 16, 17, 8, 5, 14, 11, 2]),
+        ((4, 2, 3), [0, 3, 9, 6, 7, 10, 4, 1, 2, 5, 11, 8, 14, 17, 23, 20, 19, 22, 16, 13, 12, 15,
+                     21, 18]),
+        ((3, 4, 2), [0, 2, 3, 1, 9, 11, 10, 8, 16, 17, 19, 18, 20, 21, 23, 22, 14, 12, 13, 15, 7, 5,
+                     4, 6]),
+    ],
+)  # fmt: skip
+def test_the_curve_is_the_published_one(shape: tuple[int, int, int], tokens: list[int]) -> None:
+    """Of jakubcerveny/gilbert, which starts along the longest side."""
+    assert gilbert(*shape).tolist() == tokens

@@ -55,6 +55,78 @@ def test_the_numeric_oracle() -> None:
     assert float(out.sum()) == pytest.approx(1.822230, abs=1e-5)
 
 
+def by_the_formula(call: AttentionCall, method: Rectified) -> torch.Tensor:
+    """The paper's steps for one head, block by block in float64; [S, D]."""
+    grid, size = call.grid, method.block_size
+    q, k, v = (x[0, :, 0] for x in (call.query, call.key, call.value))
+    keep = torch.ones(grid.total, dtype=torch.bool)
+    if call.key_mask is not None:
+        keep = call.key_mask[0]
+    is_text = torch.ones(grid.total, dtype=torch.bool)
+    is_text[grid.text_before : grid.text_before + grid.tokens] = False
+    text = (is_text & keep).nonzero().flatten()
+    video = gilbert(*grid.shape, along_width=True) + grid.text_before
+    blocks, scale = video.split(size), q.shape[1] ** -0.5
+    count, own = len(blocks), torch.tensor([float(len(b)) for b in blocks]).double()
+    mean = [torch.stack([x[b].mean(0) for b in blocks]) for x in (q, k, v)]
+    spread = [torch.stack([(x[b] - x[b].mean(0)).abs().mean(0) for b in blocks]) for x in (q, k)]
+    raw = mean[0] @ mean[1].t()
+    weight = (torch.cat((raw, mean[0] @ k[text].t()), 1) * scale).softmax(1)
+    mass = torch.cat((weight[:, :count] * own, weight[:, count:].sum(1, keepdim=True)), 1)
+    chance = mass / mass.sum(1, keepdim=True)
+    ranked = chance if method.text_ranks else chance[:, :count] / chance[:, :count].sum(1)[:, None]
+    place = grid.coordinates()
+    error = (spread[0] @ mean[1].t()).abs() + (mean[0] @ spread[1].t()).abs()
+    out = torch.empty_like(q)
+    for i, rows in enumerate(blocks):
+        best = ranked[i].sort(descending=True)
+        most = max(
+            int(method.density * count + 1e-9),
+            1 + int((best.values.cumsum(0) <= method.mass).sum()),
+        )
+        kept = {j for j in best.indices[:most].tolist() if j < count}
+        if method.neighbours:
+            apart = [(place[rows][:, None] - place[b]).abs().amax(2).min() for b in blocks]
+            kept |= {j for j, steps in enumerate(apart) if steps <= 1}
+        if method.first_frame and i < count // grid.frames:
+            kept |= set(range(count // grid.frames))
+        added = [j for j in range(count) if j not in kept and raw[i, j].abs() > error[i, j]]
+        seen = torch.cat([blocks[j] for j in sorted(kept)] + [text])
+        plain = (q[rows] @ k[seen].t() * scale).softmax(1) @ v[seen]
+        out[rows] = (1 - chance[i, added].sum()) * plain + chance[i, added] @ mean[2][added]
+    out[is_text] = (q[is_text] @ k[keep].t() * scale).softmax(1) @ v[keep]
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 4, 16])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        TokenGrid(3, 5, 7),
+        TokenGrid(9, 3, 2, 5, 0),
+        TokenGrid(1, 9, 4, 0, 7),
+        TokenGrid(13, 1, 3, 2, 3),
+    ],
+    ids=str,
+)
+def test_every_option_is_the_formula_on_ragged_grids(grid: TokenGrid, size: int) -> None:
+    kept = torch.rand(1, grid.total) < 0.7
+    kept[:, grid.text_before : grid.text_before + grid.tokens] = True
+    for density, mass, flags in ((0.0, 0.0, 1), (0.3, 0.3, 2), (0.1, 0.9, 4), (0.6, 0.5, 7)):
+        method = Rectified(
+            density=density,
+            mass=mass,
+            block_size=size,
+            neighbours=bool(flags & 1),
+            first_frame=bool(flags & 2),
+            text_ranks=not flags & 4,
+        )
+        q, k, v = torch.randn(3, 1, grid.total, 1, 8, dtype=torch.float64).unbind()
+        call = AttentionCall(q, k, v, grid, key_mask=kept if grid.text else None)
+        out = method.attend(call, BACKEND)[0, :, 0]
+        torch.testing.assert_close(out, by_the_formula(call, method), atol=1e-10, rtol=0)
+
+
 def block_constant_call(grid: TokenGrid, size: int, curve: str) -> AttentionCall:
     """Query and key constant inside every block of the curve; values and text arbitrary."""
     order = block_order(grid, size, curve)
