@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from dittools.methods.placing import label_counts
+from dittools.methods.placing import label_counts, sent
 
 # token-centroid distances of one head held at a time, on a CPU those that fit its cache, elsewhere
 _DISTANCES = {True: 2**17, False: 2**22}
@@ -42,7 +42,7 @@ def drawn_tokens(points: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randperm(points.shape[1], generator=generator)[:count].sort().values
-    return points.index_select(1, picked.to(points.device))
+    return points.index_select(1, sent(picked, points.device))
 
 
 def kmeans(

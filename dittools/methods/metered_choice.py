@@ -20,7 +20,7 @@ from dittools.methods.compensation import Runs
 from dittools.methods.error_score import pooling_error
 from dittools.methods.metered_blocks import Blocks
 from dittools.methods.paro import NAMES, ORDER_BLOCKS, axis_order, best_order, distinct_orders
-from dittools.methods.placing import sent
+from dittools.methods.placing import placed, sent
 from dittools.order import TokenOrder
 
 
@@ -35,7 +35,7 @@ def order_names(
         return (NAMES[0] if order == "auto" else order,) * call.head_count
     recalls = []
     for number in distinct:
-        index = axis_order(call.grid, number)[None].to(call.query.device)
+        index = placed(axis_order(call.grid, number), call.query.device)[None]
         mass = _mass(call, index, size, rows, run_length(size), blocks=ORDER_BLOCKS)
         recalls.append(mass_recall(mass, density))
     return tuple(NAMES[distinct[place]] for place in best_order(torch.stack(recalls)))

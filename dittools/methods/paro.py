@@ -26,6 +26,7 @@ from dittools.methods.base import attend_masked, attend_per_item, bad_param, che
 from dittools.methods.block_sampling import run_length, sampled_mass
 from dittools.methods.block_statistics import mass_recall
 from dittools.methods.paro_tables import ParoTables, load_tables
+from dittools.methods.placing import placed
 from dittools.methods.selection import keep_share, row_mask
 from dittools.order import TokenOrder
 
@@ -146,7 +147,7 @@ class PARO:
             return [0] * call.head_count
         recalls = []
         for number in distinct:
-            index = axis_order(call.grid, number)[None].to(call.query.device)
+            index = placed(axis_order(call.grid, number), call.query.device)[None]
             recalls.append(mass_recall(self._mass(call, index, ORDER_BLOCKS), self.density))
         return [distinct[place] for place in best_order(torch.stack(recalls))]
 

@@ -10,14 +10,17 @@ _TINY = 1e-20  # a sum of weights below this has lost its digits
 def mask_rows(mask: BlockMask, rows: torch.Tensor) -> torch.Tensor:
     """Return bool [H or 1, R, keys]: the keys that some queries keep, in the sequence's order.
 
+    On the device of the mask.
+
     Args:
         mask: over the sequence; keys beyond it follow in their own order.
         rows: int64 [R], query tokens.
     """
     tokens = mask.kv_tokens or (mask.order.tokens if mask.order else mask.kv_slots)
-    order = mask.order
+    device = mask.keep.device
+    order, rows = None if mask.order is None else mask.order.to(device), rows.to(device)
     heads = max(mask.keep.shape[0], 1 if order is None else order.index.shape[0])
-    head = torch.arange(heads)[:, None]
+    head = torch.arange(heads, device=device)[:, None]
     slot = rows[None] if order is None else order.inverse[:, rows]
     slot = slot.expand(heads, -1)
     block, inside = slot // mask.q_block, slot % mask.q_block
@@ -30,7 +33,7 @@ def mask_rows(mask: BlockMask, rows: torch.Tensor) -> torch.Tensor:
         kept &= (bits | (index < 0)[..., None]).flatten(2)
     if order is None:
         return kept[..., :tokens]
-    extra = order.slots + torch.arange(tokens - order.tokens, device=order.inverse.device)
+    extra = order.slots + torch.arange(tokens - order.tokens, device=device)
     place = torch.cat((order.inverse, extra.expand(len(order.inverse), -1)), dim=1)
     return kept.gather(2, place.expand(heads, -1)[:, None].expand(-1, kept.shape[1], -1))
 
