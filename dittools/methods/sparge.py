@@ -6,9 +6,10 @@ query block whose tokens are unlike keeps its whole row. The second stage, off b
 out what lies far below the running maximum. The authors' kernel finds that as it goes; here plain
 torch finds it beforehand at the price of the scores, to study its effect, not for speed.
 Differences: the second stage looks at every tile (their kernel spares the last two), text queries
-are dense, and products stay in the dtype of the call (theirs are INT8 and FP8). The paper compares
-the tokens of a block as they are; the authors' entry points take the mean key off all keys first,
-which pooled scores do not notice but likeness does: `centred` does so too. Baseline.
+are dense, a ragged last block is compared by the tokens it has (in their kernel 0 / 0 makes it
+unlike, hence kept), and products stay in the dtype of the call (theirs are INT8 and FP8). The paper
+compares the tokens of a block as they are; the authors' entry points take the mean key off all keys
+first, which pooled scores do not notice but likeness does: `centred` does so too. Baseline.
 """
 
 import math
