@@ -110,9 +110,13 @@ def test_a_sum_that_is_the_mass_exactly_has_not_passed_it(dtype: torch.dtype) ->
     queries = Clusters(sizes[:, :0], sizes[:, :1], torch.zeros(1, 1, 2, dtype=dtype), 1)
     counts = [int(kept_clusters(queries, keys, 1.0, p, 0.0).sum()) for p in (0.49, 0.5, 0.9, 0.96)]
     assert counts == [1, 2, 3, 4]
-    even = Clusters(sizes[:, :0], torch.full((1, 10), 7), torch.zeros(1, 10, 2, dtype=dtype), 1)
-    kept = kept_clusters(queries, even, 1.0, float(torch.full((3,), 0.1, dtype=dtype).sum()), 0.0)
-    assert int(kept.sum()) == 4
+    for count in (6, 10, 12):  # equal shares: p = i shares keeps one more
+        alike = torch.zeros(1, count, 2, dtype=dtype)
+        even = Clusters(sizes[:, :0], torch.full((1, count), 7), alike, 1)
+        reached = torch.full((count,), 1 / count, dtype=dtype).cumsum(0)
+        for place in range(count - 1):
+            kept = kept_clusters(queries, even, 1.0, float(reached[place]), 0.0)
+            assert int(kept.sum()) == place + 2
 
 
 def test_weighing_by_size_is_the_true_mass_when_clusters_are_constant() -> None:
