@@ -14,7 +14,7 @@ from dittools.methods.bands import band_width, exact_half_width
 from dittools.methods.curves import block_order
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.random_blocks import RandomBlocks
-from dittools.methods.selection import keep_top, mass_counts
+from dittools.methods.selection import keep_top, mass_counts, sums_before
 from dittools.methods.sparge import Sparge, self_similarity, skip_far_below
 from dittools.methods.svg import SVG, _rows_of
 
@@ -341,6 +341,15 @@ def test_sparges_second_stage_is_lossless_at_the_authors_threshold_and_monotone(
 def test_mass_rules_count_entries_within_a_share(share: float, within: int) -> None:
     row = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
     assert int(mass_counts(row, share)) == within
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_before_an_entry_are_those_after_the_one_before(dtype: torch.dtype) -> None:
+    values = torch.full((3, 12), 1 / 12, dtype=dtype)
+    before = sums_before(values)
+    assert torch.equal(before[:, 1:], values.cumsum(1)[:, :-1])
+    assert before[:, 0].tolist() == [0.0] * 3
+    assert not torch.equal(before, values.cumsum(1) - values)  # which rounds
 
 
 def test_the_oracle_beats_random_blocks_at_the_same_density() -> None:

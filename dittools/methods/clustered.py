@@ -42,6 +42,7 @@ from dittools.methods.partition import (
 )
 from dittools.methods.placing import sent
 from dittools.methods.repair import RIDGE
+from dittools.methods.selection import sums_before
 
 SCORES = ("error", "weight", "mass")
 
@@ -248,7 +249,7 @@ class Clustered:
         place = torch.arange(count, device=chance.device)
         always = place < self._floor(call, count).view(-1, 1, 1)
         if self.mass:
-            wanted = (held.cumsum(-1) - held <= self.mass) | always
+            wanted = (sums_before(held) <= self.mass) | always
             wanted = wanted | (place < int(self.least_budget * count + 1e-9))
             budget = (sizes.gather(-1, heaviest) * wanted).sum(-1, keepdim=True)
         else:

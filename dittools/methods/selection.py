@@ -87,6 +87,15 @@ def mass_counts(mass: torch.Tensor, share: float) -> torch.Tensor:
     return (ordered.cumsum(dim=-1) <= share).sum(dim=-1)
 
 
+def sums_before(ordered: torch.Tensor) -> torch.Tensor:
+    """Return [..., n]: the sum of all entries before each, as it stands one place earlier.
+
+    Taking an entry off its own cumulative sum would round it, and a share that is reached exactly
+    would count as passed.
+    """
+    return F.pad(ordered.cumsum(dim=-1)[..., :-1], (1, 0))
+
+
 def row_mask(
     keep: torch.Tensor, grid: TokenGrid, block_size: int, order: TokenOrder | None = None
 ) -> BlockMask:

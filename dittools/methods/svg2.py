@@ -23,6 +23,7 @@ from dittools.mask import BlockMask, pack_bits
 from dittools.methods.base import attend_exactly, attend_per_item, check_params, param
 from dittools.methods.kmeans import Clusters, drawn_tokens, kmeans
 from dittools.methods.placing import placed
+from dittools.methods.selection import sums_before
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ def kept_clusters(
     weight = keys.sizes[:, None] * (scores - scores.amax(-1, keepdim=True)).exp()
     chance = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
     ordered, index = chance.sort(dim=-1, descending=True, stable=True)
-    before = torch.nn.functional.pad(ordered.cumsum(-1)[..., :-1], (1, 0))  # nothing rounded off
-    wanted = before <= mass
+    wanted = sums_before(ordered) <= mass
     wanted[..., : int(least * keys.sizes.shape[1] + 1e-9)] = True
     wanted[..., 0] = True
     return torch.zeros_like(wanted).scatter_(-1, index, wanted)

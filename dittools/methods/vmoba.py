@@ -24,7 +24,7 @@ from dittools.methods.base import attend_masked, attend_per_item, bad_param, che
 from dittools.methods.key_blocks import KeyBlocks
 from dittools.methods.kmeans import sorted_sums
 from dittools.methods.placing import label_counts, placed
-from dittools.methods.selection import block_means, keep_top, row_mask
+from dittools.methods.selection import block_means, keep_top, row_mask, sums_before
 from dittools.order import TokenOrder
 
 _GATE_SCORES = 2**25
@@ -183,7 +183,7 @@ def select(
     need = (threshold - (norm * mine).sum(-1, keepdim=True) / total).clamp(min=0)
     order = norm.masked_fill(mine, -1).argsort(dim=-1, descending=True, stable=True)
     others = (norm * ~mine).gather(-1, order)
-    before = torch.nn.functional.pad(others.cumsum(-1)[..., :-1], (1, 0)) / total
+    before = sums_before(others) / total
     wanted = before < need
     wanted[..., 0] = True
     kept = torch.zeros_like(mine).scatter(-1, order, wanted) | mine
