@@ -1,6 +1,7 @@
 """A permutation of the tokens of a sequence, with padding slots where blocks must stay aligned."""
 
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -65,10 +66,13 @@ class TokenOrder:
         return bool((head == -1).all()) and bool(torch.equal(tail, want))
 
     def to(self, device: torch.device) -> "TokenOrder":
-        """Return the order with its index on a device, itself if it is there already."""
+        """Return the order on a device: itself if it is there, else the same copy always."""
         if self.index.device == device:
             return self
-        return TokenOrder(self.index.to(device), self.tokens)
+        copies = _COPIES.setdefault(self, {})
+        if device not in copies:
+            copies[device] = TokenOrder(self.index.to(device), self.tokens)
+        return copies[device]
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Reorder [B, S, H, D] to [B, slots (+ S - tokens), H, D]; padding slots become zeros.
@@ -125,3 +129,6 @@ class TokenOrder:
         )
         padding = text.new_full((-len(text) % size,), -1)
         return TokenOrder(torch.cat((index, text, padding))[None], grid.total)
+
+
+_COPIES: "WeakKeyDictionary[TokenOrder, dict[torch.device, TokenOrder]]" = WeakKeyDictionary()

@@ -135,10 +135,15 @@ class StandIn(torch.Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Runs operators on stand-in tensors; `waits` holds what the host waited for."""
+    """Runs operators on stand-in tensors; `waits` holds what the host waited for.
 
-    def __init__(self) -> None:
+    Args:
+        interpreted: leave the Triton launcher as it is, for `standin_triton`.
+    """
+
+    def __init__(self, interpreted: bool = False) -> None:
         super().__init__()
+        self._interpreted = interpreted
         self.waits: list[Wait] = []
         self.current = 0
         self._depth = 0
@@ -172,11 +177,13 @@ class Device(TorchDispatchMode):
             "get_device_name": lambda device=None: "stand-in",
             "synchronize": lambda device=None: self.wait("synchronize"),
             "device": self._guard,
+            "device_of": lambda tensor: self._guard(tensor.device),
             "Event": Event,
             "current_stream": lambda device=None: None,
         }.items():
             patch.setattr(torch.cuda, name, answer)
-        patch.setattr("dittools.kernels.triton_block_sparse.launch", launch)
+        if not self._interpreted:
+            patch.setattr("dittools.kernels.triton_block_sparse.launch", launch)
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
 
     @contextmanager
