@@ -55,7 +55,11 @@ class TokenOrder:
     def _holes(self) -> torch.Tensor:
         """int64 [n]: the padding slots of an order shared by all heads."""
         if "holes" not in self._inverse:
-            self._inverse["holes"] = (self.index[0] < 0).nonzero().flatten()
+            hole, count = self.index[0] < 0, self.slots - self.tokens
+            if hole.device.type == "cuda":  # their number is known: nothing to wait for
+                self._inverse["holes"] = torch.nonzero_static(hole, size=count).flatten()
+            else:
+                self._inverse["holes"] = hole.nonzero().flatten()
         return self._inverse["holes"]
 
     def is_valid(self) -> bool:
