@@ -175,11 +175,11 @@ class Device(TorchDispatchMode):
             "current_device": lambda: self.current,
             "get_device_capability": lambda device=None: (9, 0),
             "get_device_name": lambda device=None: "stand-in",
-            "synchronize": lambda device=None: self.wait("synchronize"),
+            "synchronize": self._synchronize,
             "device": self._guard,
             "device_of": lambda tensor: self._guard(tensor.device),
             "Event": Event,
-            "current_stream": lambda device=None: None,
+            "current_stream": lambda device=None: device,
         }.items():
             patch.setattr(torch.cuda, name, answer)
         if not self._interpreted:
@@ -195,6 +195,9 @@ class Device(TorchDispatchMode):
             yield
         finally:
             self.current = before
+
+    def _synchronize(self, device: Any = None) -> None:
+        self.wait(f"all of {device}")
 
     def wait(self, kind: str) -> None:
         """Note that the host waits here."""
@@ -360,7 +363,8 @@ class Event:
         self.enable_timing = enable_timing
 
     def record(self, stream: Any = None) -> None:
-        """Nothing is under way."""
+        """Remember where; a stream is named by its device."""
+        self.stream = stream
 
     def query(self) -> bool:
         return True

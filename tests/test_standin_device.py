@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,8 +24,11 @@ from dittools.mask import BlockMask
 from dittools.methods import METHODS, build
 from dittools.methods.placing import label_counts, placed
 from dittools.methods.selection import row_mask
+from dittools.metrics.latency import PartTimer
 from dittools.patches import attach
+from dittools.patches.groups import _note
 from dittools.patches.meter import Meter
+from dittools.patches.runtime import Tally
 from dittools.patches.timing import Stopwatch
 from dittools.searching.candidates import Candidate, measured
 from dittools.searching.probe import Probe, Sites
@@ -363,6 +367,35 @@ def test_a_program_that_sets_tf32_by_its_newer_name_can_launch() -> None:
             assert constants(made, query, config, bias=False)["PRECISION"] == wanted
     finally:
         settings.fp32_precision = before
+
+
+def test_parts_are_timed_on_the_device_they_run_on() -> None:
+    module = torch.nn.Identity()
+    with Device() as device:
+        timer = PartTimer({"part": [(module, "forward")]}, "cuda:1")
+        with timer.running():
+            module(torch.zeros(1))
+        events = timer._spans["part"][0]
+        assert {event.stream for event in events} == {torch.device("cuda:1")}
+        timer.milliseconds()
+        assert [wait.kind for wait in device.counted()] == ["all of cuda:1"]
+
+
+def test_a_model_that_moved_adds_its_densities_where_it_is() -> None:
+    runtime: Any = SimpleNamespace(used=set())
+    tally = Tally()
+    with Device() as device:
+        for place in ("cuda:0", "cuda:1", "cuda:1"):
+            share = torch.tensor(0.25, device=place)
+            meter: Any = SimpleNamespace(
+                density=lambda whole, share=share: share,
+                declined=False,
+                was_sparse=True,
+                used=set(),
+            )
+            _note(runtime, meter, call_of(TokenGrid(1, 2, 2)), tally, quiet=False)
+        device.counted()
+        assert float(tally.sparse_density) == 0.75
 
 
 def test_the_device_refuses_what_cuda_refuses() -> None:

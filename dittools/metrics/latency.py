@@ -71,7 +71,8 @@ class PartTimer:
             parts: name -> (object, method) pairs; method "forward" of a module is hooked.
             device: where the work runs.
         """
-        self._parts, self._cuda = parts, torch.device(device).type == "cuda"
+        self._parts, self._device = parts, torch.device(device)
+        self._cuda = self._device.type == "cuda"
         self._spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in parts}
         self._open: list[tuple[str, Any]] = []
 
@@ -87,7 +88,7 @@ class PartTimer:
     def milliseconds(self) -> dict[str, float]:
         """Return the time in each part so far; waits for CUDA work under way."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         return {
             name: sum(
                 start.elapsed_time(end) if self._cuda else (end - start) * 1000
@@ -138,7 +139,7 @@ class PartTimer:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _start(self, name: str) -> None:
@@ -220,13 +221,14 @@ class PeakMemory:
 
     def __init__(self, device: str = "cpu") -> None:
         """Choose what to read."""
-        self._cuda = torch.device(device).type == "cuda"
+        self._device = torch.device(device)
+        self._cuda = self._device.type == "cuda"
         self.bytes: int | None = None
 
     def __enter__(self) -> "PeakMemory":
         """Start anew."""
         if self._cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             self._can_reset = system.reset_peak_memory()
         return self
@@ -234,6 +236,6 @@ class PeakMemory:
     def __exit__(self, *_: object) -> None:
         """Read the peak; it stays None where the system cannot start anew."""
         if self._cuda:
-            self.bytes = int(torch.cuda.max_memory_allocated())
+            self.bytes = int(torch.cuda.max_memory_allocated(self._device))
         elif self._can_reset:
             self.bytes = system.peak_memory()

@@ -119,22 +119,22 @@ def probe(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Peak:
     left = torch.ones(side, side, device=device, dtype=dtype)
     source = torch.ones(megabytes * 2**20 // 4, device=device)
     target = torch.empty_like(source)
-    product = _best(lambda: left @ left, cuda)
-    copy = _best(lambda: target.copy_(source), cuda)
+    product = _best(lambda: left @ left, torch.device(device))
+    copy = _best(lambda: target.copy_(source), torch.device(device))
     how = f"{side} x {side} {str(dtype).removeprefix('torch.')} product, {megabytes} MiB copy"
     return Peak(2 * side**3 / product, 2 * source.nbytes / copy, how)
 
 
-def _best(run: Callable[[], object], cuda: bool) -> float:
+def _best(run: Callable[[], object], device: torch.device) -> float:
     """Return the shortest of five runs in seconds, after one to warm up."""
     found = []
     for _ in range(6):
-        if cuda:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         run()
-        if cuda:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
     return min(found[1:])
 

@@ -256,7 +256,10 @@ def _note(
         tally.fallbacks[DENSE_IS_FASTER] += 1
     if meter.was_sparse or (isinstance(density, float) and density < 1):
         tally.sparse += 1
-        tally.sparse_density = tally.sparse_density + density
+        known = tally.sparse_density
+        if isinstance(known, torch.Tensor) and isinstance(density, torch.Tensor):
+            known = known.to(density.device)  # the model may have moved since
+        tally.sparse_density = known + density
         runtime.used |= meter.used
         return
     tally.dense += 1
