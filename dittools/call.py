@@ -145,6 +145,13 @@ class AttentionCall:
             name = "key_mask" if found is mask else "key_bias"
             got = f"{str(found.dtype)[6:]} {list(found.shape)}"
             raise UnsupportedCall(f"{name} does not fit the keys", expected=expected, got=got)
+        for name, part in (("key_mask", mask), ("key_bias", bias)):
+            if part is not None and part.device != self.key.device:
+                raise UnsupportedCall(
+                    f"{name} is on another device than the keys",
+                    expected=str(self.key.device),
+                    got=str(part.device),
+                )
 
     @property
     def head_count(self) -> int:

@@ -33,6 +33,8 @@ class BlockLists(NamedTuple):
 class BlockMask:
     """Block-level mask; True = computed, as in SDPA.
 
+    Not to be changed in place: what is counted and listed once, and copies on devices, are kept.
+
     Attributes:
         keep: bool [H or 1, q_blocks, kv_blocks].
         block_size: tokens per block, one number or (query block, key block).

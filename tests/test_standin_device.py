@@ -16,6 +16,7 @@ from standin import CUDA, Device, Mixed, StandIn, Wait, move
 from toys import build_toy, generate
 
 from dittools.call import AttentionCall
+from dittools.errors import UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend, choose, load
 from dittools.kernels.auto import resolve
@@ -367,6 +368,15 @@ def test_a_program_that_sets_tf32_by_its_newer_name_can_launch() -> None:
             assert constants(made, query, config, bias=False)["PRECISION"] == wanted
     finally:
         settings.fp32_precision = before
+
+
+@pytest.mark.parametrize("weights", ["mask", "bias"])
+def test_weights_of_keys_on_another_device_are_refused_by_name(weights: str) -> None:
+    call = call_of(TokenGrid(1, 4, 4), weights=weights)
+    with Device():
+        moved = {name: getattr(call, name).to(CUDA) for name in ("query", "key", "value")}
+        with pytest.raises(UnsupportedCall, match=f"key_{weights} .*expected cuda:0; got cpu"):
+            replace(call, **moved)
 
 
 def test_parts_are_timed_on_the_device_they_run_on() -> None:

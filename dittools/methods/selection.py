@@ -132,7 +132,10 @@ def keep_share(
     count = max(1, round(density * flat.shape[1]))
     if count >= flat.shape[1]:
         return torch.ones_like(mass, dtype=torch.bool)
-    least = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
+    if flat.device.type == "cpu":
+        least = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
+    else:  # there kthvalue leaves a row of millions to one block of threads
+        least = flat.topk(count, dim=1, sorted=False).values.amin(1, keepdim=True)
     kept, ties = flat > least, flat == least
     short = count - kept.sum(1, keepdim=True)
     kept |= ties & (ties.cumsum(1) <= short)  # the leftmost of equal blocks
