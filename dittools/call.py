@@ -187,7 +187,8 @@ class AttentionCall:
             return self
         named = self.head_index or tuple(range(self.head_count))
         chosen = tuple(named[i] for i in index)
-        where = torch.tensor(list(index)).to(self.query.device, non_blocking=True)
+        device = self.query.device  # CUDA has read the list when this returns
+        where = torch.tensor(list(index)).to(device, non_blocking=device.type == "cuda")
         bias = self.key_bias
         if bias is not None and bias.shape[1] > 1:
             bias = bias.index_select(1, where)

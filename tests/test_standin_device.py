@@ -27,9 +27,12 @@ from dittools.methods.placing import label_counts, placed
 from dittools.methods.selection import row_mask
 from dittools.metrics.latency import PartTimer
 from dittools.patches import attach
+from dittools.patches.flight import put_heads
 from dittools.patches.groups import _note
 from dittools.patches.meter import Meter
+from dittools.patches.perturb import select_heads
 from dittools.patches.runtime import Tally
+from dittools.patches.sites import ORIGINALS, SeamCall
 from dittools.patches.timing import Stopwatch
 from dittools.searching.candidates import Candidate, measured
 from dittools.searching.probe import Probe, Sites
@@ -377,6 +380,21 @@ def test_weights_of_keys_on_another_device_are_refused_by_name(weights: str) -> 
         moved = {name: getattr(call, name).to(CUDA) for name in ("query", "key", "value")}
         with pytest.raises(UnsupportedCall, match=f"key_{weights} .*expected cuda:0; got cpu"):
             replace(call, **moved)
+
+
+def test_heads_are_picked_without_a_wait() -> None:
+    whole = call_of(TokenGrid(1, 4, 4))
+    with Device() as device:
+        call = there(whole)
+        device.counted()
+        part = call.heads([2, 0])
+        number = ORIGINALS.add(torch.nn.functional.scaled_dot_product_attention, heads_first=False)
+        some = select_heads(SeamCall(call.query, call.key, call.value, {}, number), (0, 2))
+        put = put_heads(call.query, (0,), call.query[:, :, 1:2])
+        assert not device.counted()
+        assert torch.equal(part.key.inner, whole.key[:, :, [2, 0]])  # type: ignore[attr-defined]
+        assert torch.equal(put.inner[:, :, 0], whole.query[:, :, 1])  # type: ignore[attr-defined]
+        assert torch.equal(some.value.inner, whole.value[:, :, [0, 2]])  # type: ignore[attr-defined]
 
 
 def test_parts_are_timed_on_the_device_they_run_on() -> None:

@@ -18,7 +18,8 @@ def placed(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def sent(fresh: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a tensor of the CPU on a device; what the device has yet to do is not waited for."""
-    return fresh.to(device, non_blocking=True)  # CUDA has read pageable memory when this returns
+    # CUDA has read pageable memory when this returns; other devices need not have
+    return fresh.to(device, non_blocking=device.type == "cuda")
 
 
 def label_counts(labels: torch.Tensor, count: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from dittools.errors import UnsupportedCall
 from dittools.grid import TokenGrid
 from dittools.methods.headhunter import HeadHunter, blend, self_and_text
+from dittools.methods.placing import sent
 from dittools.patches.masks import key_mask
 from dittools.patches.sites import SeamCall
 from dittools.plans.plan import HeadRule
@@ -120,7 +121,7 @@ def _perturb_image(
     scale = call.options.get("scale")
     seen = self_and_text(q, k, v, image, q.shape[-1] ** -0.5 if scale is None else scale, keep)
     view = out.transpose(1, 2) if call.heads_first else out
-    where = torch.as_tensor(heads, device=out.device)
+    where = sent(torch.tensor(heads), out.device)
     part = view[rows, image]
     part.index_copy_(2, where, blend(part.index_select(2, where), seen, u).to(out.dtype))
 
@@ -149,7 +150,7 @@ def select_heads(call: SeamCall, heads: tuple[int, ...]) -> SeamCall:
     options = dict(call.options)
     mask = options.get("attn_mask")
     if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
-        options["attn_mask"] = mask.index_select(1, torch.as_tensor(heads, device=mask.device))
+        options["attn_mask"] = mask.index_select(1, sent(torch.tensor(heads), mask.device))
     return SeamCall(q, k, v, options, call.number)
 
 
@@ -158,11 +159,11 @@ def _axis(call: SeamCall) -> int:
 
 
 def _pick(tensor: torch.Tensor, heads: tuple[int, ...], call: SeamCall) -> torch.Tensor:
-    return tensor.index_select(_axis(call), torch.as_tensor(heads, device=tensor.device))
+    return tensor.index_select(_axis(call), sent(torch.tensor(heads), tensor.device))
 
 
 def _put(
     out: torch.Tensor, heads: tuple[int, ...], part: torch.Tensor, call: SeamCall
 ) -> torch.Tensor:
-    where = torch.as_tensor(heads, device=out.device)
+    where = sent(torch.tensor(heads), out.device)
     return out.index_copy_(_axis(call), where, part.to(out.dtype))
