@@ -15,7 +15,7 @@ from dittools.grid import TokenGrid
 from dittools.mask import BlockMask, pack_bits
 from dittools.methods.block_sampling import gather_heads
 from dittools.methods.kmeans import cluster_sums
-from dittools.methods.svg2 import Layout, lay_out
+from dittools.methods.svg2 import Layout, lay_out, tiles_of
 
 
 class Groups(NamedTuple):
@@ -100,9 +100,18 @@ def group_means(
     return Groups(*labels, queries, keys, query, sums / share, values / share, weight)
 
 
-def key_tiles(call: AttentionCall, groups: Groups, size: int) -> KeyTiles:
-    """Return the keys of a call of batch 1 in tiles of `size` slots."""
-    layout = _tiles(groups.key_labels, groups.keys, call.grid, size)
+def tile_counts(groups: Groups, grid: TokenGrid, block_size: int, key_block: int) -> list[int]:
+    """Return the most tiles that the queries and the keys of a head take, text included."""
+    pairs = (groups.queries, block_size), (groups.keys, key_block)
+    counts: list[int] = torch.stack(
+        [tiles_of(F.pad(sizes, (0, 1), value=grid.text), size) for sizes, size in pairs]
+    ).tolist()  # read at once
+    return counts
+
+
+def key_tiles(call: AttentionCall, groups: Groups, size: int, count: int = 0) -> KeyTiles:
+    """Return the keys of a call of batch 1 in tiles of `size` slots, `count` if that is known."""
+    layout = _tiles(groups.key_labels, groups.keys, call.grid, size, count)
     real = torch.arange(size, device=call.query.device) < layout.filled[..., None]
     bias = torch.zeros(layout.token.shape, device=call.query.device)
     own = call.additive_mask()
@@ -113,9 +122,11 @@ def key_tiles(call: AttentionCall, groups: Groups, size: int) -> KeyTiles:
     return KeyTiles(layout, key, value, bias)
 
 
-def _tiles(labels: torch.Tensor, sizes: torch.Tensor, grid: TokenGrid, size: int) -> Layout:
+def _tiles(
+    labels: torch.Tensor, sizes: torch.Tensor, grid: TokenGrid, size: int, count: int
+) -> Layout:
     text = F.pad(labels, (grid.text_before, grid.text_after), value=sizes.shape[1])
-    return lay_out((text, F.pad(sizes, (0, 1), value=grid.text)), size)
+    return lay_out((text, F.pad(sizes, (0, 1), value=grid.text)), size, count)
 
 
 def laid_out(
@@ -125,6 +136,7 @@ def laid_out(
     kept: torch.Tensor,
     block_size: int,
     pooled: bool,
+    count: int = 0,
 ) -> Laid:
     """Return the call in tiles and its mask.
 
@@ -135,8 +147,9 @@ def laid_out(
         kept: bool [H, query groups, key groups], exact; text is so both ways.
         block_size: queries per tile.
         pooled: whether the groups that are not kept enter as their means.
+        count: tiles of queries if that is known.
     """
-    rows = _tiles(groups.query_labels, groups.queries, call.grid, block_size)
+    rows = _tiles(groups.query_labels, groups.queries, call.grid, block_size, count)
     query, (key, value, bias) = gather_heads(call.query[0], rows.token), tiles[1:]
     if pooled:
         key = torch.cat((key, groups.key.to(key.dtype)), dim=1)

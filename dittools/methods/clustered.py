@@ -26,7 +26,14 @@ import torch
 from dittools.call import AttentionCall
 from dittools.kernels import Backend
 from dittools.methods.base import attend_exactly, attend_per_item, bad_param, check_params, param
-from dittools.methods.cluster_layout import Groups, KeyTiles, group_means, key_tiles, laid_out
+from dittools.methods.cluster_layout import (
+    Groups,
+    KeyTiles,
+    group_means,
+    key_tiles,
+    laid_out,
+    tile_counts,
+)
 from dittools.methods.cluster_mending import mend
 from dittools.methods.error_score import group_error
 from dittools.methods.kmeans import drawn_tokens
@@ -151,12 +158,14 @@ class Clustered:
         groups = self.groups(call)
         if groups.keys.shape[1] == 1:
             return backend.dense(call)
-        tiles = key_tiles(call, groups, self.key_block)
+        counts = tile_counts(groups, call.grid, self.block_size, self.key_block)
+        tiles = key_tiles(call, groups, self.key_block, counts[1])
         kept = self.kept(call, groups, tiles)
         seen = kept | (groups.queries == 0)[..., None] | (groups.keys == 0)[:, None]
         if bool(seen.all()):
             return backend.dense(call)
-        laid = laid_out(call, groups, tiles, kept, self.block_size, self.skipped == "pooled")
+        pooled = self.skipped == "pooled"
+        laid = laid_out(call, groups, tiles, kept, self.block_size, pooled, counts[0])
         out = attend_exactly(laid.call, backend, laid.mask)
         if out is None:
             return backend.dense(call)

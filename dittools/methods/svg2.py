@@ -68,10 +68,14 @@ class SVG2:
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         queries, keys = self.clusters(call)
         kept = kept_clusters(queries, keys, call.softmax_scale, self.mass, self.least_kept)
-        if bool((kept | (queries.sizes == 0)[..., None] | (keys.sizes == 0)[:, None]).all()):
+        seen = kept | (queries.sizes == 0)[..., None] | (keys.sizes == 0)[:, None]
+        sides = _with_text(queries, call.grid), _with_text(keys, call.grid)
+        sizes = self.block_size, self.key_block
+        counts = [tiles_of(side[1], size) for side, size in zip(sides, sizes, strict=True)]
+        everything, *most = torch.stack((seen.all().long(), *counts)).tolist()  # read at once
+        if everything:
             return backend.dense(call)
-        rows = lay_out(_with_text(queries, call.grid), self.block_size)
-        columns = lay_out(_with_text(keys, call.grid), self.key_block)
+        rows, columns = (lay_out(*given) for given in zip(sides, sizes, most, strict=True))
         mask = tile_mask(torch.nn.functional.pad(kept, (0, 1, 0, 1), value=True), rows, columns)
         bias = call.additive_mask()
         if bias is not None:
@@ -166,14 +170,22 @@ class Layout(NamedTuple):
     size: int
 
 
-def lay_out(clusters: tuple[torch.Tensor, torch.Tensor], size: int) -> Layout:
-    """Return the layout of groups given as labels int64 [H, S] and sizes int64 [H, groups]."""
+def tiles_of(sizes: torch.Tensor, size: int) -> torch.Tensor:
+    """Return int64 []: the tiles of `size` slots that groups [H, groups] of a head take at most."""
+    return (-(-sizes // size)).sum(1).max()
+
+
+def lay_out(clusters: tuple[torch.Tensor, torch.Tensor], size: int, count: int = 0) -> Layout:
+    """Return the layout of groups given as labels int64 [H, S] and sizes int64 [H, groups].
+
+    `count` is their `tiles_of` where it is known, which spares a wait.
+    """
     labels, sizes = clusters
     heads, tokens = labels.shape
     device = labels.device
     tiles = -(-sizes // size)
     last = tiles.cumsum(1)
-    count = int(last[:, -1].max())
+    count = count or int(last[:, -1].max())
     order = labels.argsort(dim=1, stable=True)
     ordered = labels.gather(1, order)
     shift = (last - tiles) * size - (sizes.cumsum(1) - sizes)  # slots skipped before each group
