@@ -125,7 +125,8 @@ class BlockMask:
     @property
     def computed(self) -> float:
         """Share of blocks that are computed at all: what the mask costs."""
-        return self.kept_blocks / max(1, self.keep.numel())
+        share = self.kept_blocks / max(1, self.keep.numel())
+        return torch.tensor(share, dtype=torch.float32).item()  # as plans and tables on disk say it
 
     @property
     def density(self) -> float:
