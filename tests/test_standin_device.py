@@ -64,7 +64,7 @@ CASES: list[tuple[str, dict[str, Any], int, int]] = [
     ("svg", S, 24, 1),
     ("svg2", {**GROUPS, "mass": 0.5}, 80, 4),
     ("sparge", S, 8, 1),
-    ("freeswim", {}, 10, 1),
+    ("freeswim", {}, 10, 0),
     ("agent", {}, 4, 0),
     ("tome", {}, 0, 0),
     ("clustered", {**GROUPS, "probes": 8}, 90, 7),
