@@ -161,6 +161,15 @@ def dense_times(call: AttentionCall) -> dict[str, float | str]:
     return found
 
 
+def launch_errors() -> tuple[type[Exception], ...]:
+    """Return what Triton raises where a device has too little for a launch: no RuntimeError."""
+    try:
+        from triton.runtime.errors import OutOfResources
+    except ImportError:
+        return ()
+    return (OutOfResources,)
+
+
 def backends(case: Case) -> Iterator[tuple[str, Backend]]:
     """Yield what is timed on a case: the kernel, FlexAttention, and every peer."""
     yield "triton", load("triton")
@@ -188,7 +197,7 @@ def run_case(case: Case, call: AttentionCall, dense_ms: float) -> list[dict[str,
         try:
             out = backend.block_sparse(call, on_device)
             torch.cuda.synchronize()
-        except (RuntimeError, UnsupportedCall) as error:
+        except (RuntimeError, UnsupportedCall, *launch_errors()) as error:
             row["failed"] = str(error).splitlines()[0]
             continue
         row["first_call_ms"] = 1e3 * (time.perf_counter() - started)
@@ -259,7 +268,7 @@ def tune() -> dict[str, list[int]]:
             args = (call.query, call.key, call.value, made, None, call.softmax_scale, config)
             try:
                 times[config] = time_ms(lambda args=args: launch(*args), budget_s=0.05)[1]
-            except RuntimeError as error:  # more shared memory than the device has
+            except (RuntimeError, *launch_errors()) as error:  # too little shared memory
                 say(f"# {config} at {dim}: {str(error).splitlines()[0]}")
         best = min(times, key=lambda config: times[config])
         table[tuning_key(dim, block, block, torch.bfloat16)] = list(best)

@@ -1,5 +1,6 @@
 """What a CUDA device would refuse or wait for, found without one; see `standin`."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -424,6 +425,30 @@ def test_a_model_that_moved_adds_its_densities_where_it_is() -> None:
             _note(runtime, meter, call_of(TokenGrid(1, 2, 2)), tally, quiet=False)
         device.counted()
         assert float(tally.sparse_density) == 0.75
+
+
+def test_tiles_of_consumer_blackwell_are_those_that_do_not_spill() -> None:
+    pytest.importorskip("triton")
+    from dittools.kernels.triton_config import default_config
+
+    def rows(capability: int, **more: bool) -> int:
+        asked = default_config(128, 128, 64, torch.bfloat16, capability=capability, **more)
+        return asked.tile_m
+
+    assert [rows(c) for c in (80, 89, 90, 100, 120)] == [64, 64, 128, 128, 64]
+    assert rows(120, masked=False) == 128
+
+
+def test_what_a_launch_is_refused_for_is_caught_where_launches_are_timed() -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+    spec = importlib.util.spec_from_file_location("bench_gpu", HERE.parent / "bench" / "gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    assert errors.OutOfResources in module.launch_errors()
+    assert not issubclass(errors.OutOfResources, RuntimeError)
 
 
 def test_the_device_refuses_what_cuda_refuses() -> None:

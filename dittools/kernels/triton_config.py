@@ -105,7 +105,8 @@ def default_config(
     if size > 256:
         return Config(min(even_q, 64), min(even_k, 32), 8, 2)
     wide = size == 256 and masked  # the tests of cut blocks need registers of their own
-    tile_m = min(even_q, 64 if wide and capability < 90 else 128)
+    roomy = 90 <= capability < 120  # 12.x has the tensor cores of 8.x, not those of 9.0 and 10.x
+    tile_m = min(even_q, 64 if wide and not roomy else 128)
     return Config(tile_m, min(even_k, 64), 8 if tile_m == 128 or wide else 4, 3)
 
 
