@@ -586,7 +586,7 @@ def test_turns_look_at_every_query_of_a_block_and_begin_in_the_middle() -> None:
 @pytest.mark.parametrize("score", ["error", "mass"])
 def test_what_earlier_steps_found_counts_half_and_none_without_carry(score: str) -> None:
     call = call_of(TokenGrid(3, 6, 7, 3))
-    method = Metered(score=score, order="fhw", rows=2, **SMALL)
+    method = Metered(score=score, order="fhw", rows=2, first_look=1, **SMALL)
     order = padded_order(call.grid, ("fhw",), SIZE)
     runs = pool_runs(call, order, 8, SIZE, 2)
     first, second = (
@@ -607,6 +607,37 @@ def test_what_earlier_steps_found_counts_half_and_none_without_carry(score: str)
             out = [plain.attend(replace(call, memory={}, step=t), BACKEND) for t in (0, 0)]
             assert torch.equal(*out)
             assert again.shape == out[0].shape
+
+
+@pytest.mark.parametrize("keys", ["order", "alike"])
+def test_blocks_nothing_is_known_of_are_judged_by_more_queries(
+    keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    scores = Metered.scores
+
+    def noted(self: Metered, *args: Any) -> torch.Tensor:
+        seen.append(args[-1])
+        return scores(self, *args)
+
+    monkeypatch.setattr(Metered, "scores", noted)
+    call = call_of(TokenGrid(3, 6, 7))
+    method = Metered(order="fhw", rows=2, first_look=3, keys=keys, **SMALL)
+    for step in (0, 1, 2, 3, 0):  # alike keys are cut anew at 0 and 2; the last begins a new run
+        method.attend(replace(call, step=step), BACKEND)
+    assert seen == {"order": [3, 1, 1, 1, 3], "alike": [3, 1, 3, 1, 3]}[keys]
+    seen.clear()
+    replace(method, carry=0.0).attend(replace(call, memory={}), BACKEND)
+    assert seen == [1]  # without carry every step looks alike
+
+
+def test_a_first_look_takes_all_queries_of_a_block_at_most() -> None:
+    call = call_of(TokenGrid(3, 6, 7))
+    cut = Blocks(padded_order(call.grid, ("fhw",), SIZE), None, SIZE, SIZE)
+    method = Metered(order="fhw", rows=SIZE // 2, **SMALL)
+    every = replace(method, rows=SIZE).scores(call, cut, cut.runs(call))
+    assert torch.equal(method.scores(call, cut, cut.runs(call), 4), every)
+    assert not torch.equal(method.scores(call, cut, cut.runs(call)), every)
 
 
 def test_steps_together_choose_as_well_as_all_queries_of_a_block_at_once() -> None:

@@ -81,6 +81,11 @@ class Metered:
         choices=tuple(KEYS),
     )
     rows: int = param(4, "the queries per block that stand for it in the choice", least=1)
+    first_look: int = param(
+        4,
+        "how many times as many `rows` stand for blocks of which nothing is known yet",
+        least=1,
+    )
     carry: float = param(
         0.5,
         "how much of what blocks were worth a step before counts on, other queries of a block "
@@ -237,7 +242,8 @@ class Metered:
     ) -> None:
         """Choose the blocks worth their cost; heads too far off get more, or all."""
         at = sent(torch.tensor(stale), call.query.device)
-        score = self.scores(*some_heads(call, blocks, runs, stale))
+        looks = self.first_look if self.carry and not state.knows(call.step) else 1
+        score = self.scores(*some_heads(call, blocks, runs, stale), looks)
         score = score.nan_to_num(nan=0.0, posinf=0.0)  # a broken head sets no threshold
         if self.carry:
             score = state.with_scores(score, at, call.step, self.carry)
@@ -330,9 +336,12 @@ class Metered:
         tell(backend, f"metered ran heads dense, their probe rows were not finite: {named}")
         out[:, :, bad] = backend.dense(call.heads(heads)).to(out.dtype)
 
-    def scores(self, call: AttentionCall, blocks: Blocks, runs: Runs) -> torch.Tensor:
+    def scores(
+        self, call: AttentionCall, blocks: Blocks, runs: Runs, looks: int = 1
+    ) -> torch.Tensor:
         """Return float32 [H, blocks, key blocks]: what keys are worth to blocks of queries."""
         turn = call.step if self.carry else 0
+        rows = min(self.rows * looks, max(self.rows, self.block_size))
         if self.score == "mass":
-            return block_mass(call, blocks, self.rows, turn)
-        return error_scores(call, blocks, runs, self.rows, self.mode != "drop", turn)
+            return block_mass(call, blocks, rows, turn)
+        return error_scores(call, blocks, runs, rows, self.mode != "drop", turn)

@@ -60,6 +60,10 @@ class State:
         self.alike, self.cut = alike, step
         self.kept = self.mask = self.base = self.scores = None
 
+    def knows(self, step: int) -> bool:
+        """Whether there are scores of an earlier step of this run, of the blocks there are now."""
+        return self.scores is not None and step >= self.step
+
     def with_scores(
         self, score: torch.Tensor, which: torch.Tensor, step: int, carry: float
     ) -> torch.Tensor:
@@ -69,7 +73,7 @@ class State:
         enough to rank by, and long sequences have many blocks. Those of a run before are forgotten.
         """
         known = self.scores
-        if known is not None and step >= self.step:
+        if known is not None and self.knows(step):
             score = score + carry * known.index_select(0, which)
         half = score.to(torch.bfloat16)
         if known is None or len(known) == len(which):
