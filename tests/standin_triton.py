@@ -22,11 +22,9 @@ from dittools.kernels.reference import ReferenceBackend
 
 PLACE = "cuda:1"  # while the current device is another
 CASES = [
-    ("triton", "none", Case(8, kv_block=16, grid=(2, 5, 10), mask_heads=1, batch=2, bias="shared")),
     ("triton", "none", Case(3, dtype="fp16", order="padded", text=11, bias="dropped")),
     ("triton", "none", Case(4, order="heads", extra=13, bias="heads", layout="packed")),
     ("triton_int8_int8", "int8", Case(7, dtype="fp16", kv_block=32, mask_heads=1, order="shared")),
-    ("triton_int8", "int8_half", Case(3, dtype="fp16", order="padded", text=11, bias="dropped")),
 ]
 
 
