@@ -168,9 +168,8 @@ class Probe:
         sampled.forget()
         use = replace(call, memory=self._remembered(call, number, part))
         if method.not_supported(use):
-            return [
-                torch.full((call.head_count, len(at), call.query.shape[3]), float("inf"))
-            ] * len(call.query)
+            shape = (call.head_count, len(at), call.query.shape[3])
+            return [torch.full(shape, float("inf"), device=call.query.device)] * len(call.query)
         out = method.attend(use, sampled)
         return [part[at].transpose(0, 1).float() for part in out]
 
