@@ -12,7 +12,7 @@ from dittools.methods import build
 from dittools.plans import ModelFacts
 from dittools.searching.candidates import Candidate, candidates_for, measured
 from dittools.searching.cost import flops_table
-from dittools.searching.measure import Score, turns
+from dittools.searching.measure import Score, _whole, turns
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import sample_rows
@@ -61,6 +61,34 @@ def test_a_branch_that_is_passed_over_is_answered_dense_and_not_counted() -> Non
     assert not probe.calls.any()
     probe.attend(replace(call, branch="cond"), backend)
     assert probe.calls.sum() == 1
+
+
+def test_candidates_dealt_out_to_two_generations_are_measured_as_by_one() -> None:
+    candidates = candidates_for(GRID, ["gna", "sparse_vdit", "paro"])
+    sites, q = _sites({0, 4}), torch.randn(3, 1, GRID.total, 2, 16)
+    shares = [None, tuple(range(1, len(candidates), 2)), tuple(range(2, len(candidates), 2))]
+    whole, *parts = (Probe(sites, candidates, [None], None, some) for some in shares)
+    for probe in (whole, *parts):
+        for step in (0, 4):
+            call = AttentionCall(*(3 * q * (1 + step)).unbind(), GRID, step=step, steps=8)
+            probe.attend(call, load("reference"))
+    found = _whole([p.results() for p in parts])
+    for name, tensor in whole.results().items():
+        assert torch.allclose(found[name], tensor, rtol=1e-5), name
+    assert not torch.equal(parts[0].results()["error"], whole.results()["error"])
+
+
+def test_heads_that_keep_together_are_kept_in_mind_and_searched_alone() -> None:
+    names = candidates_for(GRID, ["metered", "gna"])
+    table = _seen([c for c in names if c.method.name in ("dense", "metered") or c.density < 0.5])
+    together = {n for n, c in enumerate(table.candidates) if c.together}
+    assert together & set(survivors(table))
+    joint = table.joint()
+    assert joint is not None
+    assert set(joint.active.nonzero().flatten().tolist()) == {0} | together
+    assert replace(table, active=table.active & ~joint.active).joint() is None
+    for rule in _solver(joint).solve(0.85).plan.rules:
+        assert rule.heads == "all"
 
 
 def test_layers_and_ranges_are_told_apart_by_one_generation_each() -> None:

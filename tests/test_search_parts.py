@@ -182,10 +182,12 @@ def test_metered_comes_pooled_and_mended_and_under_one_threshold_for_single_runs
     assert [ladder.alone for ladder in found] == [not m.per_head for m in made]
     assert {(m.density, m.block_size) for m in made} == {(0.3, block_for(TokenGrid(7, 16, 16)))}
     assert [bool(m.probes) for m in made] == [m.mode == "repair" for m in made]
-    chosen: list[Any] = [c.method for c in candidates_for(TokenGrid(7, 16, 16), ["metered"])[1:]]
-    assert {m.mode for m in chosen} == {"pooled", "repair"}
-    assert len({m.density for m in chosen}) >= 3
-    assert all(m.per_head for m in chosen)
+    candidates: list[Any] = candidates_for(TokenGrid(7, 16, 16), ["metered"])[1:]
+    for per_head in (True, False):
+        chosen = [c.method for c in candidates if c.method.per_head == per_head]
+        assert len({m.density for m in chosen}) >= 3
+        assert {(m.mode, m.keys) for m in chosen} >= {("repair", "alike")}
+    assert [c.together for c in candidates] == [not c.method.per_head for c in candidates]
 
 
 def test_a_method_that_splits_heads_is_counted_on_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +300,40 @@ def test_the_allocator_is_close_to_the_best_of_all_choices(seed: int) -> None:
         assert problem.total_cost(choice) <= budget + 1e-9
         worst_step = float(problem.loss.max(dim=1).values.max())
         assert problem.total_loss(choice) <= min(fits) + 0.5 * worst_step
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("extra", ["", "opening", "using"])
+def test_items_of_a_group_take_a_joint_candidate_all_or_none(seed: int, extra: str) -> None:
+    problem = replace(_problem(seed), together=torch.tensor([False, True, False, True]))
+    price = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    if extra == "opening":
+        problem = replace(problem, opening=price)
+    if extra == "using":
+        problem = replace(problem, using=price[:, None].expand(-1, 4) / 4)
+
+    def is_whole(choice: torch.Tensor) -> bool:
+        groups = [choice[problem.group == g] for g in (0, 1)]
+        return all(len(c.unique()) == 1 or not bool((c % 2).any()) for c in groups)
+
+    for budget in (2.0, 2.6, 3.5):
+        fits = [
+            problem.total_loss(choice)
+            for choice in map(torch.tensor, itertools.product(range(4), repeat=5))
+            if is_whole(choice) and problem.total_cost(choice) <= budget
+        ]
+        if not fits:
+            with pytest.raises(Unreachable):
+                allocate(problem, budget)
+            continue
+        choice = allocate(problem, budget)
+        assert is_whole(choice)
+        assert problem.total_cost(choice) <= budget + 1e-9
+        worst_step = float(problem.loss.max(dim=1).values[:3].sum())  # a group moves as one
+        assert problem.total_loss(choice) <= min(fits) + worst_step
+    cheap = problem.cost.clone()
+    cheap[:, 1] = 1e-3
+    assert set(allocate(replace(problem, cost=cheap), 0.5).tolist()) == {1}
 
 
 def test_more_budget_never_hurts_and_enough_of_it_buys_no_error() -> None:

@@ -29,6 +29,8 @@ class Problem:
         distinct: most candidates one group may use; 0 for any number.
         opening: [G] cost of every candidate a group uses beyond its first; None for none.
         using: [G, C] cost of a candidate that a group uses, for however many items; None for none.
+        together: bool [C], candidates that all items of a group take or none: what one keeps
+            depends on the others. None where there are none.
     """
 
     loss: torch.Tensor
@@ -38,6 +40,7 @@ class Problem:
     distinct: int = 0
     opening: torch.Tensor | None = None
     using: torch.Tensor | None = None
+    together: torch.Tensor | None = None
 
     def total_cost(self, choice: torch.Tensor) -> float:
         """Return the cost of a choice, what its further candidates per group take included."""
@@ -106,6 +109,15 @@ def _at(problem: Problem, multiplier: float) -> torch.Tensor:
     else:
         price = problem.loss + multiplier * problem.cost
     price = price.masked_fill(~problem.allowed, float("inf"))
+    if problem.together is None:
+        return _apart(problem, price, multiplier)
+    alone = price.masked_fill(problem.together, float("inf"))
+    choice = _apart(problem, alone, multiplier)
+    return _joined(problem, price, alone, choice, multiplier)
+
+
+def _apart(problem: Problem, price: torch.Tensor, multiplier: float) -> torch.Tensor:
+    """Return the best choice of every item for itself."""
     if not problem.is_grouped:
         return price.argmin(dim=1)
     choice = torch.empty(len(price), dtype=torch.int64)
@@ -115,6 +127,33 @@ def _at(problem: Problem, multiplier: float) -> torch.Tensor:
         using = None if problem.using is None else multiplier * problem.using[group]
         choice[members] = _few(price[members], problem.distinct or len(members), extra, using)
     return choice
+
+
+def _joined(
+    problem: Problem,
+    price: torch.Tensor,
+    alone: torch.Tensor,
+    choice: torch.Tensor,
+    multiplier: float,
+) -> torch.Tensor:
+    """Return a choice in which groups take one candidate together where that is better."""
+    assert problem.together is not None
+    count = int(problem.group.max()) + 1
+    which = problem.together.nonzero().flatten()
+    paid = torch.zeros(count, dtype=price.dtype)
+    paid.index_add_(0, problem.group, alone.gather(1, choice[:, None])[:, 0])
+    every = torch.zeros((count, len(which)), dtype=price.dtype)
+    every.index_add_(0, problem.group, price[:, which])
+    used = torch.zeros((count, price.shape[1]), dtype=torch.bool)
+    used[problem.group, choice] = True
+    if problem.opening is not None:
+        paid += multiplier * problem.opening * (used.sum(dim=1) - 1).clamp(min=0)
+    if problem.using is not None:
+        paid += multiplier * (problem.using * used).sum(dim=1)
+        every = every + multiplier * problem.using[:, which]
+    best = every.min(dim=1)
+    better = (best.values < paid)[problem.group]
+    return torch.where(better, which[best.indices][problem.group], choice)
 
 
 def _few(
@@ -152,6 +191,8 @@ def _spend_rest(problem: Problem, choice: torch.Tensor, budget: float) -> torch.
     for _ in range(len(choice) * 4):
         slack = budget - problem.total_cost(choice)
         allowed = problem.allowed & (_in_use(problem, choice) if problem.is_grouped else True)
+        if problem.together is not None:  # whole groups move there and back, no single item
+            allowed = allowed & ~problem.together & ~problem.together[choice][:, None]
         gain = problem.loss[items, choice][:, None] - problem.loss
         extra = problem.cost - problem.cost[items, choice][:, None]
         fits = allowed & (gain > 0) & (extra <= slack + 1e-12)

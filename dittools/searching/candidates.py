@@ -1,7 +1,7 @@
 """The candidates a search chooses from: every method at several densities, checked on the grid."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,14 @@ from dittools.searching.ladders import ladders_for
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75)
 FEW_DENSITIES = (0.1, 0.25, 0.5)  # of methods that take long to choose
+JOINT_DENSITIES = (
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.65,
+)  # of those that share out a layer's blocks themselves
 # always there; a floor and a ceiling no plan should run; and for sizes beyond the training size
 NEVER = ("dense", "random", "oracle", "freeswim")
 
@@ -28,6 +36,7 @@ class Candidate:
         density: share of query-key pairs kept; a nominal 1 until it is measured.
         computed: share of blocks visited.
         mask_bytes: memory of the mask.
+        together: whether all heads of a layer use it or none: what one keeps depends on the others.
     """
 
     method: Method
@@ -35,6 +44,7 @@ class Candidate:
     density: float
     computed: float
     mask_bytes: int
+    together: bool = False
 
     @property
     def name(self) -> str:
@@ -64,10 +74,10 @@ def candidates_for(grid: TokenGrid, methods: Sequence[str] = ()) -> list[Candida
     found = [Candidate(build("dense"), None, 1.0, 1.0, 0)]
     seen: set[str] = set()
     for name in names:
-        for method in _variants(name, grid):
+        for method, together in _variants(name, grid):
             candidate = measured(method, grid)
             if candidate is not None and not _is_known(candidate, seen):
-                found.append(candidate)
+                found.append(replace(candidate, together=together))
     return found
 
 
@@ -97,17 +107,18 @@ def _is_known(candidate: Candidate, seen: set[str]) -> bool:
     return known
 
 
-def _variants(name: str, grid: TokenGrid) -> Iterable[Method]:
-    """Return the methods of one name over the ladder of densities."""
+def _variants(name: str, grid: TokenGrid) -> Iterable[tuple[Method, bool]]:
+    """Return the methods of one name over the ladder of densities, and if heads use it together."""
     found = ladders_for(name, grid)
     for ladder in found:
-        if not ladder.alone:
-            for density in FEW_DENSITIES if ladder.few else DENSITIES:
-                yield ladder.make(density)
+        if ladder.joint or not ladder.alone:
+            few = JOINT_DENSITIES if ladder.joint else FEW_DENSITIES
+            for density in few if ladder.few else DENSITIES:
+                yield ladder.make(density), ladder.alone
     if name == "sparse_vdit":
-        yield build(name, {"mode": "skip"})
+        yield build(name, {"mode": "skip"}), False
     if not found:
-        yield build(name)
+        yield build(name), False
 
 
 def is_chooser(candidate: Candidate) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from dittools.searching.candidates import Candidate
 from dittools.searching.probe import BRANCHES, CHUNK
 from dittools.searching.request import Request
-from dittools.searching.run import BLENDS, prepare
+from dittools.searching.run import BLENDS, JOINT_BLENDS, LOOKERS, SCOUTED, prepare
 from dittools.searching.scout import Facts
 from dittools.searching.weigh import sampled_layers
 
@@ -66,12 +66,14 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     layers = sampled_layers(
         facts.model.layers, budget.sensitivity, request.constraints.dense_layers
     )
+    joint = len(JOINT_BLENDS) if any(c.together for c in candidates) else 0
     singles = min(budget.points, len(candidates) - 1)
     generations = {
         "dense": calibration + held_out,
+        "first look": LOOKERS if len(candidates) > SCOUTED and request.carry is None else 0,
         "calibration": calibration,
         "sensitivity": len(layers) + min(ranges, facts.steps),
-        "weights": len(BLENDS) * calibration,
+        "weights": (len(BLENDS) + 1 + joint) * calibration,
         "verification": budget.rounds * held_out,
         "single methods": singles * held_out,
     }

@@ -32,6 +32,7 @@ class Ladder:
         alone: whether what a head keeps depends on the heads beside it, so that only a method that
             runs all heads of a layer can use it, not a search that chooses per head.
         few: whether a search should try few densities, as choosing takes long.
+        joint: whether a search that chooses per head may still let all heads of a layer use it.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Ladder:
     fixed: bool = False
     alone: bool = False
     few: bool = False
+    joint: bool = False
 
 
 def ladders_for(name: str, grid: TokenGrid) -> list[Ladder]:
@@ -258,7 +260,8 @@ def _metered(name: str, grid: TokenGrid) -> list[Ladder]:
             given = {"per_head": per_head, "block_size": block, **more}
             return build(name, {"density": round(density, 4), **given})
 
-        return Ladder(name, label, make, alone=not per_head, few=True)
+        joint = not per_head and "keys" in more
+        return Ladder(name, label, make, alone=not per_head, few=True, joint=joint)
 
     pooled = {"mode": "pooled", "probes": 0}  # probes would only look
     return [

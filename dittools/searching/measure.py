@@ -121,18 +121,23 @@ class Bench:
         facts: Facts,
         carry: float | None,
         active: Sequence[int] | None = None,
+        parts: int = 1,
     ) -> list[Result]:
-        """Return what a probe measured in each generation, of the active candidates."""
+        """Return what a probe measured in each generation, of the active candidates.
+
+        The candidates are dealt out to so many units of work per generation.
+        """
+        every = range(1, len(candidates)) if active is None else active
+        shares = [tuple(n for n in every if n)[part::parts] for part in range(parts)]
         names = fingerprint(
             [c.name for c in candidates],
-            active,
             sites.ranges,
             sorted(sites.sampled),
             sorted(sites.passed),
         )
 
-        def measure(use: Settings, at: Sites) -> Result:
-            probe = Probe(at, candidates, facts.gains, carry, active)
+        def measure(use: Settings, at: Sites, some: Sequence[int]) -> Result:
+            probe = Probe(at, candidates, facts.gains, carry, some)
             with attach(self.pipe, Plan((Rule(probe),)), backend=self.backend, recorder=False):
                 generate(self.pipe, use)
             return probe.results()
@@ -140,14 +145,17 @@ class Bench:
         rows, by_turns = len(sites.rows), turns(sites, len(settings))
         units = [
             Unit(
-                f"calibrate {FORMAT} {fingerprint(use.to_dict(), names, rows, carry, number)}",
-                number,
-                lambda use=use, at=at: measure(use, at),  # type: ignore[misc]
+                f"calibrate {FORMAT} "
+                f"{fingerprint(use.to_dict(), names, some, rows, carry, number)}",
+                number * parts + part,
+                lambda use=use, at=at, some=some: measure(use, at, some),  # type: ignore[misc]
             )
             for number, (use, at) in enumerate(zip(settings, by_turns, strict=True))
+            for part, some in enumerate(shares)
         ]
         what = "looking at all candidates" if active is None else "measuring candidates"
-        return self.store.run(what, units)
+        found = self.store.run(what, units)
+        return [_whole(found[at : at + parts]) for at in range(0, len(found), parts)]
 
     def carry_back(self, settings: Sequence[Settings], sites: Sites, vectors: int) -> list[Result]:
         """Return what arrived at every head of random vectors over the final latents."""
@@ -196,6 +204,15 @@ class Bench:
         square = float(np.square(reference.astype(np.float64) - run.frames).mean())
         values = (fidelity.psnr_db, fidelity.ssim, square, density)
         return {"score": torch.tensor(values, dtype=torch.float64)}
+
+
+def _whole(parts: Sequence[Result]) -> Result:
+    """Return what one probe of all candidates would have measured; each part is 0 for the rest."""
+    own = ("error", "density", "computed")
+    return {
+        name: torch.stack([part[name] for part in parts]).sum(dim=0) if name in own else value
+        for name, value in parts[0].items()
+    }
 
 
 def _joined(found: Sequence[Result]) -> Score:

@@ -30,9 +30,13 @@ from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_l
 Report = Callable[[str, int, int], None]
 # shares of the measured weights between layers, and between parts of the run, the rest flat:
 # isolated perturbations mislead, most of all between early and late steps
-BLENDS = ((1.0, 0.5), (0.5, 0.5), (0.5, 0.25))
+BLENDS = ((1.0, 1.0), (1.0, 0.5))
+# the same where all heads of a layer keep to one method that shares out its blocks itself: what a
+# head needs differs from prompt to prompt, what a layer needs less
+JOINT_BLENDS = ((1.0, 1.0), (1.0, 0.5))
 NEAR = 0.03  # a single method that works through another share does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
+LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
 _REFERENCE_DENSITY = 0.35  # where the blends are compared when no density is asked for
 
 
@@ -198,7 +202,9 @@ def calibrated(
         rows = max(1, request.budget.rows // 2)
         brief = sites_for(facts, request.ranges, rows, 1, request.settings.seed)
         brief = replace(brief, passed=frozenset({"uncond"}))  # which looks at the same clip
-        first = bench.calibrate(request.calibration[:1], brief, candidates, facts, None)
+        first = bench.calibrate(
+            request.calibration[:1], brief, candidates, facts, None, parts=LOOKERS
+        )
         scouted = merge(first, candidates, brief)
         active = survivors(scouted)
     results = bench.calibrate(request.calibration, sites, candidates, facts, request.carry, active)
@@ -263,20 +269,31 @@ def _best_blend(
 ) -> tuple[Solver, Predictor, tuple[float, float], dict[str, float]]:
     """Return the solver whose joint plan does best on the calibration prompts, and its predictor.
 
-    Isolated errors do not add up, so the weights are tried more and less flattened; then rules per
-    guidance branch, whose errors may cancel less. The joint runs also fix the scale of predicted
-    errors.
+    Isolated errors do not add up, so the weights are tried more and less flattened, with a method
+    per head and with one per layer; then rules per guidance branch, whose errors may cancel less.
+    The joint runs also fix the scale of predicted errors.
     """
     flat = flat_weights(first.table)
-    names = {f"{a:g} of layers, {b:g} of steps": (a, b) for a, b in BLENDS}
-    solvers = {
-        name: replace(first, weight=sensitivity.blended(flat, shares))
-        for name, shares in names.items()
-    }
+    names: dict[str, tuple[float, float]] = {}
+    solvers: dict[str, Solver] = {}
+
+    def offer(shares: tuple[float, float], table: Table, suffix: str) -> None:
+        name = "{:g} of layers, {:g} of steps".format(*shares) + suffix
+        solver = replace(first, table=table, weight=sensitivity.blended(flat, shares))
+        if not _can(solver, start):
+            return
+        solvers[name], names[name] = solver, shares
+
+    for shares in BLENDS:
+        offer(shares, first.table, "")
+    joint = first.table.joint()
+    if joint is not None:
+        for shares in JOINT_BLENDS:
+            offer(shares, joint, ", heads together")
     tried = _compare(bench, solvers, request, start)
     best = max(solvers, key=lambda name: tried[name])
     blend = names[best]
-    split = first.table.split()
+    split = solvers[best].table.split()
     if split is not None:
         weight = sensitivity.blended(flat_weights(split), blend)
         name = f"{best}, branches apart"
@@ -285,6 +302,15 @@ def _best_blend(
         best = max(solvers, key=lambda name: tried[name])
     predictor = Predictor.fitted(solvers[best].solve(start).loss, tried[best])
     return solvers[best], predictor, blend, tried
+
+
+def _can(solver: Solver, budget: float) -> bool:
+    """Whether there is a plan of a budget."""
+    try:
+        solver.solve(budget)
+    except Unreachable:
+        return False
+    return True
 
 
 def _compare(

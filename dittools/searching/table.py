@@ -75,6 +75,14 @@ class Table:
         steps = torch.tensor(self.sites.range_steps, dtype=torch.float64)
         return steps.repeat_interleave(len(self.branches)) / len(self.branches)
 
+    def joint(self) -> "Table | None":
+        """Return the table in which all heads of a layer keep to one method; None without any."""
+        together = torch.tensor([c.together for c in self.candidates])
+        if not bool((together & self.active).any()):
+            return None
+        dense = torch.tensor([c.method.name == "dense" for c in self.candidates])
+        return replace(self, active=self.active & (together | dense))
+
     def split(self) -> "Table | None":
         """Return the table whose parts are step ranges of one branch; None without two branches."""
         seen = [
@@ -215,17 +223,21 @@ def problem_of(
         pinned[layer, head] = True
     allowed[..., 1:] &= ~pinned[:, None, :, None]
     group = torch.arange(layers * parts)[:, None].expand(-1, heads)
+    together = torch.tensor([c.together for c in table.candidates])
     return Problem(
         loss.reshape(-1, count),
         (cost * share).reshape(-1, count),
         group.reshape(-1),
         allowed.reshape(-1, count),
         constraints.distinct,
+        together=together if bool(together.any()) else None,
     )
 
 
 def survivors(table: Table, most: int = 30) -> list[int]:
     """Return the candidates that would be first or second choice of some head at some price.
+
+    Of those that heads use together, the first choice of some layer counts for all its heads.
 
     Prices run from that at which hardly anything is worth its cost to that at which nearly all
     heads are dense; a candidate that is only ever second counts half.
@@ -238,6 +250,8 @@ def survivors(table: Table, most: int = 30) -> list[int]:
     cost = table.executed().flatten(0, 2)
     loss = torch.where(torch.isfinite(loss), loss, float("inf"))
     votes = torch.zeros(loss.shape[1], dtype=torch.int64)
+    heads = table.shape[2]
+    together = torch.tensor([c.together for c in table.candidates]).nonzero().flatten()
     typical = float(loss[:, 1:][torch.isfinite(loss[:, 1:])].median().clamp(min=1e-30))
     for halves in range(-40, 41):
         price = loss + typical * 2.0 ** (halves / 2) * cost
@@ -247,6 +261,10 @@ def survivors(table: Table, most: int = 30) -> list[int]:
             continue
         for place, weight in enumerate((2, 1)[: best.shape[1]]):
             votes += weight * torch.bincount(best[:, place], minlength=len(votes))
+        if len(together):
+            every = price[:, together].unflatten(0, (-1, heads)).sum(dim=1)
+            chosen = together[every.argmin(dim=1)]
+            votes += 2 * heads * torch.bincount(chosen, minlength=len(votes))
     ranked = [int(n) for n in votes.argsort(descending=True, stable=True) if votes[n] and n]
     return sorted(ranked[:most])
 
