@@ -1,6 +1,7 @@
 """What a search does not look at twice, and what a density is asked of."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
 from dittools.kernels import load
 from dittools.methods import build
+from dittools.methods.clustered import Clustered
+from dittools.methods.metered import Metered
 from dittools.plans import ModelFacts
 from dittools.searching.candidates import Candidate, candidates_for, measured
 from dittools.searching.cost import flops_table
@@ -16,6 +19,7 @@ from dittools.searching.measure import Score, _whole, turns
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import sample_rows
+from dittools.searching.rowwise import RowBackend
 from dittools.searching.solver import Solver
 from dittools.searching.table import Table, flat_weights, merge, plan_of, survivors
 from dittools.searching.verify import Trial
@@ -61,6 +65,45 @@ def test_a_branch_that_is_passed_over_is_answered_dense_and_not_counted() -> Non
     assert not probe.calls.any()
     probe.attend(replace(call, branch="cond"), backend)
     assert probe.calls.sum() == 1
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [
+        ("metered", {"keys": "alike", "rows": 8}),
+        ("metered", {"keys": "order"}),
+        ("clustered", {"partition": "split"}),
+        ("clustered", {"partition": "profile"}),
+    ],
+)
+def test_densities_of_one_method_look_at_a_call_once_and_find_the_same(
+    ladder: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, form = ladder
+    sizes = {
+        "metered": {"order": "fhw", "probes": 16},
+        "clustered": {"key_block": 8, "least_queries": 16, "least_keys": 8, "probes": 8},
+    }[name]
+    made = [build(name, {"density": d, **form, **sizes, "block_size": 16}) for d in (0.1, 0.3)]
+    looks = {"metered": (Metered, "scores"), "clustered": (Clustered, "_labels")}[name]
+    plain, calls = getattr(*looks), []
+    monkeypatch.setattr(*looks, lambda *args: calls.append(1) or plain(*args))
+    memories: list[list[dict[str, object]]] = [[{}, {}], [{}, {}]]
+    for step in (0, 3):
+        q, k, v = (3 * torch.randn(3, 1, GRID.total, 2, 16)).unbind()
+        call = AttentionCall(q, k, v, GRID, step=step, steps=8)
+        rows = torch.arange(0, GRID.total, 5)
+        shared = RowBackend(load("reference"), call, rows)
+        outs = []
+        for place, method in enumerate(made):
+            own = RowBackend(load("reference"), call, rows)
+            shared.forget()
+            out = method.attend(replace(call, memory=memories[0][place]), shared)
+            outs.append(out.clone())
+            alone = method.attend(replace(call, memory=memories[1][place]), own)
+            assert torch.equal(outs[-1][:, rows], alone[:, rows])
+        assert not torch.equal(outs[0][:, rows], outs[1][:, rows])
+    assert len(calls) == 2 * (1 + 2)  # per step: once for both, once for each alone
 
 
 def test_candidates_dealt_out_to_two_generations_are_measured_as_by_one() -> None:

@@ -193,11 +193,13 @@ def test_the_estimate_counts_the_forwards_a_search_makes(pipe: Any) -> None:
         "dense": 3,
         "calibration": 1,
         "sensitivity": 6,
-        "weights": 3,
+        "weights": 2,
         "verification": 8,
         "single methods": 4,
     }
-    assert found.forwards == 25 * 4 * 2
+    assert found.forwards == 24 * 4 * 2
+    many = make_request(pipe, PROMPTS, target_density=0.5, **{**GIVEN, "methods": ()})
+    assert estimate(pipe, many).generations["first look"] == 2
     assert 0 < found.memory_bytes < 50e6
     assert "at most 200 in 25" in str(found)
 

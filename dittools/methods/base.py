@@ -265,6 +265,18 @@ def attend_per_item(
     return item.view(item.shape[0], batch, heads, item.shape[2]).transpose(0, 1)
 
 
+def once(backend: Backend | None, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    """Return what `make` gives; a backend that tries many variants on one call has it made once.
+
+    Args:
+        backend: may have a method `once` of the same arguments, less the backend.
+        key: everything but the call that the result depends on.
+        make: works it out.
+    """
+    shared = getattr(backend, "once", None)
+    return make() if shared is None else shared(key, make)
+
+
 def tell(backend: Backend, reason: str) -> None:
     """Let the report say why part of a call did not run as planned; a warning without one."""
     note = getattr(backend, "note", None)

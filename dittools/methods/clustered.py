@@ -25,7 +25,14 @@ import torch
 
 from dittools.call import AttentionCall
 from dittools.kernels import Backend
-from dittools.methods.base import attend_exactly, attend_per_item, bad_param, check_params, param
+from dittools.methods.base import (
+    attend_exactly,
+    attend_per_item,
+    bad_param,
+    check_params,
+    once,
+    param,
+)
 from dittools.methods.cluster_layout import (
     Groups,
     KeyTiles,
@@ -155,7 +162,7 @@ class Clustered:
         return attend_per_item(call, lambda item: self._attend_item(item, backend))
 
     def _attend_item(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        groups = self.groups(call)
+        groups = self.groups(call, backend)
         if groups.keys.shape[1] == 1:
             return backend.dense(call)
         counts = tile_counts(groups, call.grid, self.block_size, self.key_block)
@@ -184,10 +191,11 @@ class Clustered:
             )
         return out
 
-    def groups(self, call: AttentionCall) -> Groups:
+    def groups(self, call: AttentionCall, backend: Backend | None = None) -> Groups:
         """Return the groups of a call of batch 1: labels of this step or an earlier one.
 
-        Means are always those of the call's own queries, keys and values.
+        Means are always those of the call's own queries, keys and values. Variants that differ in
+        what they keep, not in their groups, share them on a backend that tries several.
         """
         state: dict[str, Any] = call.memory.setdefault(self._key(call), {})
         last = state.get("step", -1)
@@ -195,7 +203,10 @@ class Clustered:
             state.clear()  # the same step again, or another run: the same groups again
         labels, counts = state.get("labels"), self._counts(call)
         if labels is None or self._is_due(call, last):
-            labels = self._labels(call, state.get("means"))
+            sizes = (*counts, self.least_queries, self.least_keys)
+            effort = (self.first_rounds, self.rounds, self.first_sample, self.seed)
+            key = ("groups", self.partition, *sizes, *effort, self.every, self.settle, last)
+            labels = once(backend, key, lambda: self._labels(call, state.get("means")))
             state["step"] = call.step
             if self.every > 1:
                 state["labels"] = tuple(x.to(torch.int32) for x in labels)

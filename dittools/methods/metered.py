@@ -25,6 +25,7 @@ from dittools.methods.base import (
     bad_param,
     block_for,
     check_params,
+    once,
     param,
     tell,
 )
@@ -182,13 +183,13 @@ class Metered:
         if state.order is None:
             names = order_names(call, self.order, size, self.rows, self.density)
             state.order = padded_order(call.grid, names, size).to(call.query.device)
-        blocks = Blocks(state.order, self._keys(call, state), size, self.key_size)
+        blocks = Blocks(state.order, self._keys(call, state, backend), size, self.key_size)
         stale = self._stale(call, state, starting)
         made, runs = call, None
         if self.mode != "drop" or len(stale):
             runs = blocks.runs(call)
         if runs is not None and len(stale):
-            self._choose(call, state, blocks, runs, stale, starting)
+            self._choose(call, state, (blocks, runs), stale, starting, backend)
         if runs is not None and self.mode != "drop":
             made = with_pooled_keys(call, runs.pooled())
         out = blocks.attend(made, backend, self._mask(call, state, blocks))
@@ -207,12 +208,13 @@ class Metered:
             found = out.index_select(1, rows)
         return self._mended(call, backend, out, (rows, exact, found), state)
 
-    def _keys(self, call: AttentionCall, state: State) -> TokenOrder | None:
+    def _keys(self, call: AttentionCall, state: State, backend: Backend) -> TokenOrder | None:
         """Return the slots of keys where they have other ones than queries."""
         if self.keys == "order":
             return None
         if state.alike is None or not cut_lasts(state.cut, call.step):
-            state.cut_anew(alike_keys(call, self.key_size), call.step)
+            key = ("alike keys", self.key_size)
+            state.cut_anew(once(backend, key, lambda: alike_keys(call, self.key_size)), call.step)
         assert state.alike is not None
         # made anew at every call: kept, the slots would take four times the memory in every layer
         return alike_order(state.alike, call.grid, self.block_size)
@@ -235,15 +237,20 @@ class Metered:
         self,
         call: AttentionCall,
         state: State,
-        blocks: Blocks,
-        runs: Runs,
+        cut: tuple[Blocks, Runs],
         stale: list[int],
         starting: bool,
+        backend: Backend,
     ) -> None:
         """Choose the blocks worth their cost; heads too far off get more, or all."""
-        at = sent(torch.tensor(stale), call.query.device)
+        at, blocks = sent(torch.tensor(stale), call.query.device), cut[0]
         looks = self.first_look if self.carry and not state.knows(call.step) else 1
-        score = self.scores(*some_heads(call, blocks, runs, stale), looks)
+        # variants that differ in what they keep, not in what they look at, share one look
+        look = (self.keys, self.score, self.mode == "drop", self.rows * looks, bool(self.carry))
+        key = ("metered", *look, self.block_size, self.key_size, state.order, state.cut, *stale)
+        score = once(
+            backend, key, lambda: self.scores(*some_heads(call, blocks, cut[1], stale), looks)
+        )
         score = score.nan_to_num(nan=0.0, posinf=0.0)  # a broken head sets no threshold
         if self.carry:
             score = state.with_scores(score, at, call.step, self.carry)

@@ -70,10 +70,9 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     singles = min(budget.points, len(candidates) - 1)
     generations = {
         "dense": calibration + held_out,
-        "first look": LOOKERS if len(candidates) > SCOUTED and request.carry is None else 0,
         "calibration": calibration,
         "sensitivity": len(layers) + min(ranges, facts.steps),
-        "weights": (len(BLENDS) + 1 + joint) * calibration,
+        "weights": (len(BLENDS) + joint + budget.branches) * calibration,
         "verification": budget.rounds * held_out,
         "single methods": singles * held_out,
     }
@@ -82,6 +81,8 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     rows = min(budget.rows, facts.grid.total)
     per_call = rows * facts.grid.total * facts.model.heads * (facts.model.head_dim + 4)
     probing = calls * len(candidates) * per_call / _PROBE_RATE
+    if len(candidates) > SCOUTED and request.carry is None:
+        generations["first look"] = LOOKERS
     total = sum(generations.values())
     cells = facts.model.layers * ranges * len(BRANCHES) * facts.model.heads * len(candidates)
     kept_rows = len(candidates) * rows * facts.grid.total

@@ -25,6 +25,7 @@ class Budget:
         vectors: random vectors carried back through the sampler, where sensitivity is asked so.
         rounds: generations of the held-out prompts at most, one plan each.
         points: single methods that are generated too, for the frontier.
+        branches: whether a plan with rules of its own for each guidance branch is tried too.
     """
 
     calibration: int = 2
@@ -35,6 +36,7 @@ class Budget:
     rounds: int = 8
     points: int = 1
     vectors: int = 2
+    branches: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what measures nothing."""
@@ -58,7 +60,7 @@ class Budget:
 BUDGETS = {
     "quick": Budget(1, 2, 64, 1, 2, 4, 0, 1),
     "standard": Budget(),
-    "thorough": Budget(4, 8, 256, 4, 16, 12, 40, 4),
+    "thorough": Budget(4, 8, 256, 4, 16, 12, 40, 4, True),
 }
 SENSITIVITIES = ("perturbation", "gradient")
 DEFAULT_RANGES = (0.0, 1 / 6, 1 / 3, 2 / 3, 1.0)

@@ -1,6 +1,7 @@
 """A backend that works out a few query rows only: what a candidate would have made of a call."""
 
-from typing import overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 
@@ -33,9 +34,16 @@ class RowBackend:
         """Start with nothing counted."""
         self._backend, self._whole, self.name = backend, whole, backend.name
         self._rows, self._at = rows, rows.to(whole.query.device)
+        self._made: dict[tuple[object, ...], Any] = {}
         self._last: tuple[AttentionCall, BlockMask, torch.Tensor, torch.Tensor] | None = None
         self._weights: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, object]] = []
         self.forget()
+
+    def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """Return what `make` gives: made for the first candidate, found by the others."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def forget(self) -> None:
         """Start counting for the next candidate; scores stay."""

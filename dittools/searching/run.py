@@ -28,12 +28,12 @@ from dittools.searching.verify import DENSITY_SLACK, Trial, Verdict, Verifier
 from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_layers
 
 Report = Callable[[str, int, int], None]
-# shares of the measured weights between layers, and between parts of the run, the rest flat:
-# isolated perturbations mislead, most of all between early and late steps
-BLENDS = ((1.0, 1.0), (1.0, 0.5))
+# shares of the measured weights between layers, and between parts of the run, the rest flat: as
+# measured, and half-way, should the few generations they were measured on mislead
+BLENDS = ((1.0, 1.0), (0.5, 0.5))
 # the same where all heads of a layer keep to one method that shares out its blocks itself: what a
 # head needs differs from prompt to prompt, what a layer needs less
-JOINT_BLENDS = ((1.0, 1.0), (1.0, 0.5))
+JOINT_BLENDS = ((1.0, 1.0),)
 NEAR = 0.03  # a single method that works through another share does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
@@ -293,7 +293,7 @@ def _best_blend(
     tried = _compare(bench, solvers, request, start)
     best = max(solvers, key=lambda name: tried[name])
     blend = names[best]
-    split = solvers[best].table.split()
+    split = solvers[best].table.split() if request.budget.branches else None
     if split is not None:
         weight = sensitivity.blended(flat_weights(split), blend)
         name = f"{best}, branches apart"
