@@ -254,9 +254,9 @@ def test_a_model_that_cannot_be_loaded_fails_once(
 
 
 def launch(processes: int, prompts: Path, out: Path) -> subprocess.Popen[str]:
-    words = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    words += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    words += ["--main_process_port", "0", "-m", "dittools", "generate", *SMALL]
+    # without a GPU `accelerate launch` starts one process, however many are asked for
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    words += ["--master_port", "0", "-m", "dittools", "generate", *SMALL]
     words += ["--prompts", str(prompts), "--per-prompt", "3", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
@@ -284,7 +284,9 @@ def test_a_rank_killed_in_the_middle_costs_nothing_that_was_done(
         assert running.poll() is None, running.stdout and running.stdout.read()[-2000:]
         assert time.monotonic() < until
         time.sleep(0.01)
-    ranks_of(running)[-1].send_signal(signal.SIGKILL)
+    ranks = ranks_of(running)
+    assert len(ranks) == processes
+    ranks[-1].send_signal(signal.SIGKILL)
     running.communicate(timeout=240)
     assert running.returncode != 0
     done = {p: p.stat().st_mtime_ns for p in out.glob("*.mp4") if _recorded(p)}

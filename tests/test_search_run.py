@@ -262,10 +262,12 @@ def test_two_processes_give_the_plan_of_one(found: SearchResult, tmp_path: Path)
         f"dittools.search(load('tiny/wan'), Path({str(prompts)!r}), target_density=0.5,\n"
         f"    methods=['gna', 'sparse_vdit'], budget={BUDGET!r}, out=Path({str(tmp_path)!r})\n"
         f"    / 'plan.json', work=Path({str(tmp_path)!r}) / sys.argv[1], **{SIZE!r})\n"
+        "from dittools.pipelines.ranks import place\n"
+        "print('process %d of %d' % place())\n"
         "finish()\n"
     )
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    # without a GPU `accelerate launch` starts one process, however many are asked for
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [sys.executable, *launch, str(script), "work"],
@@ -276,6 +278,7 @@ def test_two_processes_give_the_plan_of_one(found: SearchResult, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert {f"process {rank} of 2" for rank in (0, 1)} <= set(done.stdout.splitlines())
     assert (tmp_path / "plan.json").read_bytes() == found.files["plan"].read_bytes()
 
 

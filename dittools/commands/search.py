@@ -86,7 +86,9 @@ def search(
 
     Heads for guidance: dittools search --objective guidance --prompts prompts.txt --steps 4
 
-    On several processes: accelerate launch -m dittools search --prompts prompts.txt --min-psnr 28
+    On several GPUs: accelerate launch -m dittools search --prompts prompts.txt --min-psnr 28
+
+    On several processes without one: torchrun --nproc_per_node 2 -m dittools search ...
     """
     from dittools.searching.api import make_request
     from dittools.searching.request import Constraints

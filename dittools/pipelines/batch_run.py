@@ -60,7 +60,7 @@ def run_batch(
     if workers is not None:
         raise InputError(
             "workers belong to the ray engine",
-            remedy="--engine ray, or accelerate launch --num_processes N -m dittools ...",
+            remedy="--engine ray, or torchrun --nproc_per_node N -m dittools ...",
         )
     rank, world = place()
     return run_share(work, rank, world, tell)

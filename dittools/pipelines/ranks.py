@@ -1,4 +1,4 @@
-"""Which of several processes this one is, as `accelerate launch` describes them."""
+"""Which of several processes this one is, as `accelerate launch` or `torchrun` describe them."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch
 
 
 def place() -> tuple[int, int]:
-    """Return rank and number of processes; joins the group `accelerate launch` describes."""
+    """Return rank and number of processes; joins the group the launcher describes."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return 0, 1
     from accelerate import PartialState  # type: ignore[import-untyped]
