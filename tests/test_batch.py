@@ -255,8 +255,8 @@ def test_a_model_that_cannot_be_loaded_fails_once(
 
 def launch(processes: int, prompts: Path, out: Path) -> subprocess.Popen[str]:
     # without a GPU `accelerate launch` starts one process, however many are asked for
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    words += ["--master_port", "0", "-m", "dittools", "generate", *SMALL]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    words += ["-m", "dittools", "generate", *SMALL]
     words += ["--prompts", str(prompts), "--per-prompt", "3", "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(

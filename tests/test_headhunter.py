@@ -594,7 +594,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     options = ["--objective", "guidance", "--model", "tiny/wan", "--prompts", str(prompts)]
     options += [part for name, n in SIZE.items() for part in (f"--{name}", str(n))]
     options += ["--top-k", "2", "--no-atlas"]
-    launch = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m", "dittools"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launch += ["-m", "dittools"]
     for name, start in (("one", ["dittools"]), ("two", launch)):
         out = tmp_path / name / "plan.json"
         out.parent.mkdir()
