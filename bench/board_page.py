@@ -53,7 +53,8 @@ first of them was asked for a share of `computed`, "published" for one of `densi
 `metered` and `clustered` were no candidates yet; "fast methods" chooses among those that choose
 quickly.
 `metered` at densities .2 and .3 is in [metered.md](metered.md), where rows are matched by what
-they execute; at .5 it was measured with `first_look=1`, as it was then.
+they execute; at .5 it was measured with `first_look=1`, as it was then. The seconds of `metered` at
+.4 and of "searched plan" were taken while the machine had other work, and are too high.
 """
 MEANING = """## What the ranking means, and what it does not
 
