@@ -47,13 +47,23 @@ class Problem:
         cost = float(self.cost.gather(1, choice[:, None]).sum())
         if self.opening is None and self.using is None:
             return cost
+        return cost + float(self.extra_cost(choice).sum())
+
+    def used(self, choice: torch.Tensor) -> torch.Tensor:
+        """Return bool [G, C]: the candidates each group runs."""
         used = torch.zeros((int(self.group.max()) + 1, self.cost.shape[1]), dtype=torch.bool)
         used[self.group, choice] = True
+        return used
+
+    def extra_cost(self, choice: torch.Tensor) -> torch.Tensor:
+        """Return float64 [G]: what a group's candidates cost besides its items."""
+        used = self.used(choice)
+        extra = torch.zeros(len(used), dtype=self.cost.dtype)
         if self.opening is not None:
-            cost += float((self.opening * (used.sum(dim=1) - 1).clamp(min=0)).sum())
+            extra += self.opening * (used.sum(dim=1) - 1).clamp(min=0)
         if self.using is not None:
-            cost += float(self.using[used].sum())
-        return cost
+            extra += (self.using * used).sum(dim=1)
+        return extra
 
     @property
     def is_grouped(self) -> bool:
@@ -138,19 +148,13 @@ def _joined(
 ) -> torch.Tensor:
     """Return a choice in which groups take one candidate together where that is better."""
     assert problem.together is not None
-    count = int(problem.group.max()) + 1
     which = problem.together.nonzero().flatten()
-    paid = torch.zeros(count, dtype=price.dtype)
-    paid.index_add_(0, problem.group, alone.gather(1, choice[:, None])[:, 0])
-    every = torch.zeros((count, len(which)), dtype=price.dtype)
-    every.index_add_(0, problem.group, price[:, which])
-    used = torch.zeros((count, price.shape[1]), dtype=torch.bool)
-    used[problem.group, choice] = True
-    if problem.opening is not None:
-        paid += multiplier * problem.opening * (used.sum(dim=1) - 1).clamp(min=0)
+    paid = multiplier * problem.extra_cost(choice)
+    every = torch.zeros((len(paid), len(which)), dtype=price.dtype)
     if problem.using is not None:
-        paid += multiplier * (problem.using * used).sum(dim=1)
-        every = every + multiplier * problem.using[:, which]
+        every = multiplier * problem.using[:, which]
+    paid = paid.index_add(0, problem.group, alone.gather(1, choice[:, None])[:, 0])
+    every = every.index_add(0, problem.group, price[:, which])
     best = every.min(dim=1)
     better = (best.values < paid)[problem.group]
     return torch.where(better, which[best.indices][problem.group], choice)
@@ -190,7 +194,9 @@ def _spend_rest(problem: Problem, choice: torch.Tensor, budget: float) -> torch.
     items = torch.arange(len(choice))
     for _ in range(len(choice) * 4):
         slack = budget - problem.total_cost(choice)
-        allowed = problem.allowed & (_in_use(problem, choice) if problem.is_grouped else True)
+        allowed = problem.allowed
+        if problem.is_grouped:  # what the item's group runs already
+            allowed = allowed & problem.used(choice)[problem.group]
         if problem.together is not None:  # whole groups move there and back, no single item
             allowed = allowed & ~problem.together & ~problem.together[choice][:, None]
         gain = problem.loss[items, choice][:, None] - problem.loss
@@ -202,15 +208,6 @@ def _spend_rest(problem: Problem, choice: torch.Tensor, budget: float) -> torch.
         at = int(slope.argmax())
         choice[at // slope.shape[1]] = at % slope.shape[1]
     return choice
-
-
-def _in_use(problem: Problem, choice: torch.Tensor) -> torch.Tensor:
-    """Return bool [I, C]: candidates the item's group runs already."""
-    used = torch.zeros_like(problem.allowed)
-    for group in problem.group.unique().tolist():
-        members = (problem.group == group).nonzero().flatten()
-        used[members[:, None], choice[members].unique()] = True
-    return used
 
 
 def within_memory(

@@ -14,14 +14,8 @@ from dittools.searching.ladders import ladders_for
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75)
 FEW_DENSITIES = (0.1, 0.25, 0.5)  # of methods that take long to choose
-JOINT_DENSITIES = (
-    0.1,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.65,
-)  # of those that share out a layer's blocks themselves
+# of those that share out a layer's blocks themselves
+JOINT_DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65)
 # always there; a floor and a ceiling no plan should run; and for sizes beyond the training size
 NEVER = ("dense", "random", "oracle", "freeswim")
 
@@ -112,8 +106,8 @@ def _variants(name: str, grid: TokenGrid) -> Iterable[tuple[Method, bool]]:
     found = ladders_for(name, grid)
     for ladder in found:
         if ladder.joint or not ladder.alone:
-            few = JOINT_DENSITIES if ladder.joint else FEW_DENSITIES
-            for density in few if ladder.few else DENSITIES:
+            some = FEW_DENSITIES if ladder.few else DENSITIES
+            for density in JOINT_DENSITIES if ladder.joint else some:
                 yield ladder.make(density), ladder.alone
     if name == "sparse_vdit":
         yield build(name, {"mode": "skip"}), False

@@ -6,7 +6,7 @@ from typing import Any
 from dittools.searching.candidates import Candidate
 from dittools.searching.probe import BRANCHES, CHUNK
 from dittools.searching.request import Request
-from dittools.searching.run import BLENDS, JOINT_BLENDS, LOOKERS, SCOUTED, prepare
+from dittools.searching.run import BLENDS, JOINT_BLENDS, LOOKERS, looks_first, prepare
 from dittools.searching.scout import Facts
 from dittools.searching.weigh import sampled_layers
 
@@ -81,7 +81,7 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     rows = min(budget.rows, facts.grid.total)
     per_call = rows * facts.grid.total * facts.model.heads * (facts.model.head_dim + 4)
     probing = calls * len(candidates) * per_call / _PROBE_RATE
-    if len(candidates) > SCOUTED and request.carry is None:
+    if looks_first(request, candidates):
         generations["first look"] = LOOKERS
     total = sum(generations.values())
     cells = facts.model.layers * ranges * len(BRANCHES) * facts.model.heads * len(candidates)

@@ -193,12 +193,17 @@ def run(
     )
 
 
+def looks_first(request: Request, candidates: list[Candidate]) -> bool:
+    """Whether there are so many candidates that a shorter look drops some before the long one."""
+    return len(candidates) > SCOUTED and request.carry is None
+
+
 def calibrated(
     bench: Bench, request: Request, facts: Facts, candidates: list[Candidate], sites: Sites
 ) -> Table:
     """Return the table of errors: a short look at all candidates, a longer one at the best."""
     scouted, active = None, None
-    if len(candidates) > SCOUTED and request.carry is None:
+    if looks_first(request, candidates):
         rows = max(1, request.budget.rows // 2)
         brief = sites_for(facts, request.ranges, rows, 1, request.settings.seed)
         brief = replace(brief, passed=frozenset({"uncond"}))  # which looks at the same clip
