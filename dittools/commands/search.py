@@ -198,7 +198,7 @@ def _search(
     console.print(
         f"density {chosen['density']:.3f}, {chosen['psnr_db']:.2f} dB on held-out prompts "
         f"(predicted {chosen['predicted_db']:.2f}); target "
-        f"{'met' if result.met else 'not met'}, {result.remark}",
+        f"{'met' if result.met else 'not met'}: {result.remark}",
         markup=False,
         highlight=False,
     )

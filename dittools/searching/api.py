@@ -104,14 +104,16 @@ def search(
     """Return the plan that meets one target on this model, verified on held-out prompts.
 
     The same inputs and seed give the same plan and frontier, byte for byte; a target speed-up also
-    depends on the kernel times, which are measured once per work folder.
+    depends on times, of kernels and of the generations that verify it, each measured once per work
+    folder.
 
     Args:
         pipe: a stock pipeline; what is attached to it is taken off.
         prompts: texts, or the path of a UTF-8 file with one a line. Every second one is held out.
         target_density: share of query-key pairs over the whole run, dense steps counted as 1.
         min_psnr: dB against the dense generation, mean over the held-out prompts.
-        target_speedup: of a whole generation.
+        target_speedup: of a whole generation; median over the held-out prompts of dense over own
+            wall time, timed one after the other.
         methods: names in METHODS; empty takes all.
         budget: "quick", "standard", "thorough", or counts of your own.
         constraints: layers and heads that stay dense, methods left out, kernels per layer ...

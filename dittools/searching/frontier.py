@@ -14,7 +14,7 @@ FORMAT = "dittools-frontier"
 
 
 def frontier_of(outcome: Outcome) -> dict[str, Any]:
-    """Return the frontier: predicted curve, verified plans, every single method; no times."""
+    """Return the frontier: predicted curve, verified plans, every single method."""
     table, solver = outcome.table, outcome.solver
     singles = single_points(solver, outcome.predictor, dict(outcome.singles))
     return {

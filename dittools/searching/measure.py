@@ -1,6 +1,6 @@
 """The units of work of a search: calibrating, perturbing, and generating with a plan."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from dittools.methods import to_params
 from dittools.metrics.fidelity import compare
 from dittools.patches import attach
-from dittools.pipelines.generate import Settings, generate
+from dittools.pipelines.generate import Run, Settings, generate
 from dittools.plans import Plan, Rule
 from dittools.searching.candidates import Candidate
 from dittools.searching.gradient import carry_back
@@ -31,26 +31,38 @@ class Score:
         psnr_db, ssim: against the dense generation of the same prompt and seed.
         mean_square: mean squared pixel error.
         density: share of pairs computed over the run, dense steps included.
+        speedups: dense over own wall time of whole generations, one after the other; empty where
+            they were not timed.
     """
 
     psnr_db: tuple[float, ...]
     ssim: tuple[float, ...]
     mean_square: tuple[float, ...]
     density: float
+    speedups: tuple[float, ...] = ()
 
     @property
     def mean_psnr_db(self) -> float:
         """Mean over the generations."""
         return float(np.mean(self.psnr_db))
 
+    @property
+    def speedup(self) -> float:
+        """Median over the generations."""
+        return float(np.median(self.speedups))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the score as JSON types, rounded to what a reader needs."""
-        return {
+        found: dict[str, Any] = {
             "psnr_db": round(self.mean_psnr_db, 4),
             "ssim": round(float(np.mean(self.ssim)), 6),
             "density": round(self.density, 6),
             "psnr_db_each": [round(v, 4) for v in self.psnr_db],
         }
+        if self.speedups:
+            found["speedup"] = round(self.speedup, 4)
+            found["speedup_each"] = [round(v, 4) for v in self.speedups]
+        return found
 
 
 def sites_for(
@@ -108,8 +120,11 @@ class Bench:
     def dense(self, settings: Settings) -> torch.Tensor:
         """Return the dense frames [F, H, W, 3] of a generation, made once per process."""
 
+        return self._keep_dense(settings, lambda: generate(self.pipe, settings))
+
+    def _keep_dense(self, settings: Settings, run: Callable[[], Run]) -> torch.Tensor:
         def make() -> Result:
-            return {"frames": torch.from_numpy(generate(self.pipe, settings).frames.copy())}
+            return {"frames": torch.from_numpy(run().frames.copy())}
 
         return self.store.once(f"dense {fingerprint(settings.to_dict())}", make)["frames"]
 
@@ -169,24 +184,32 @@ class Bench:
         ]
         return self.store.run("going backward through the sampler", units)
 
-    def score(self, what: str, plan: Plan, settings: Sequence[Settings]) -> Score:
+    def score(
+        self, what: str, plan: Plan, settings: Sequence[Settings], is_timed: bool = False
+    ) -> Score:
         """Return how a plan does on some generations."""
-        return self.score_all(what, [plan], settings)[0]
+        return self.score_all(what, [plan], settings, is_timed)[0]
 
     def score_all(
-        self, what: str, plans: Sequence[Plan], settings: Sequence[Settings]
+        self,
+        what: str,
+        plans: Sequence[Plan],
+        settings: Sequence[Settings],
+        is_timed: bool = False,
     ) -> list[Score]:
         """Return how each plan does on the same generations.
 
         A generation is always scored by the same process, so that its dense frames are made once;
-        a single one is made by every process, and the plans are dealt out.
+        a single one is made by every process, and the plans are dealt out. Timed ones are set
+        against a dense generation right before.
         """
         alone = len(settings) == 1
+        make, kind = (self._timed, "timed score") if is_timed else (self._score, "score")
         units = [
             Unit(
-                f"score {plan_digest(plan)} {fingerprint(use.to_dict())}",
+                f"{kind} {plan_digest(plan)} {fingerprint(use.to_dict())}",
                 place if alone else number,
-                lambda plan=plan, use=use: self._score(plan, use),  # type: ignore[misc]
+                lambda plan=plan, use=use: make(plan, use),  # type: ignore[misc]
             )
             for place, plan in enumerate(plans)
             for number, use in enumerate(settings)
@@ -196,14 +219,36 @@ class Bench:
         return [_joined(found[i * size : (i + 1) * size]) for i in range(len(plans))]
 
     def _score(self, plan: Plan, settings: Settings) -> Result:
-        reference = self.dense(settings).numpy()
+        reference = self.dense(settings)
         with attach(self.pipe, plan, backend=self.backend, recorder=False) as handle:
             run = generate(self.pipe, settings)
             density = handle.report().density
-        fidelity = compare(reference, run.frames)
-        square = float(np.square(reference.astype(np.float64) - run.frames).mean())
-        values = (fidelity.psnr_db, fidelity.ssim, square, density)
-        return {"score": torch.tensor(values, dtype=torch.float64)}
+        return {"score": _values(reference, run, density)}
+
+    def _timed(self, plan: Plan, settings: Settings) -> Result:
+        """Score and time a plan; both runs meet the machine in the same state.
+
+        Kernels of a GPU are compiled at their first use, in a run that does not count.
+        """
+        dense = generate(self.pipe, settings)
+        reference = self._keep_dense(settings, lambda: dense)
+        with attach(self.pipe, plan, backend=self.backend, recorder=False) as handle:
+            if str(getattr(self.pipe, "device", "cpu")) != "cpu":
+                generate(self.pipe, settings)
+                handle.reset()
+            run = generate(self.pipe, settings)
+            density = handle.report().density
+        ratio = torch.tensor([dense.seconds / run.seconds], dtype=torch.float64)
+        return {"score": _values(reference, run, density), "speedup": ratio}
+
+
+def _values(reference: torch.Tensor, run: Run, density: float) -> torch.Tensor:
+    """Return PSNR, SSIM, mean squared error and density of a run."""
+    frames = reference.numpy()
+    fidelity = compare(frames, run.frames)
+    square = float(np.square(frames.astype(np.float64) - run.frames).mean())
+    values = (fidelity.psnr_db, fidelity.ssim, square, density)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _whole(parts: Sequence[Result]) -> Result:
@@ -218,7 +263,8 @@ def _whole(parts: Sequence[Result]) -> Result:
 def _joined(found: Sequence[Result]) -> Score:
     table = torch.stack([result["score"] for result in found])
     psnr, ssim, square = (tuple(table[:, i].tolist()) for i in range(3))
-    return Score(psnr, ssim, square, float(table[:, 3].mean()))
+    speedups = tuple(float(result["speedup"]) for result in found if "speedup" in result)
+    return Score(psnr, ssim, square, float(table[:, 3].mean()), speedups)
 
 
 def plan_digest(plan: Plan) -> str:

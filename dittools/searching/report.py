@@ -38,6 +38,8 @@ def _scores(frontier: dict[str, Any]) -> str:
     calibration = frontier["weights"]["calibration_psnr_db"]
     best = max(calibration.values())
     rows.append(["PSNR dB on the calibration prompts", "", best])
+    if "speedup" in chosen:
+        rows.append(["speed-up of a whole generation", "", chosen["speedup"]])
     return "<h2>The plan</h2>" + table(["", "predicted", "realised on held-out prompts"], rows)
 
 
@@ -131,6 +133,8 @@ def _provenance(frontier: dict[str, Any], costs: CostTable) -> str:
         else "FLOPs: time in proportion to the blocks visited"
     )
     layers, steps = frontier["weights"]["blend"]
+    tried = frontier["weights"]["calibration_psnr_db"]
+    compared = "; ".join(f"{name}: {value:.2f} dB" for name, value in tried.items())
     rows: list[list[Any]] = [
         ["model", f"{model['class']}, {model['layers']} layers, {model['heads']} heads"],
         ["grid", f"{sizes} + {model['text']} text tokens, {model['steps']} steps"],
@@ -138,6 +142,7 @@ def _provenance(frontier: dict[str, Any], costs: CostTable) -> str:
         ["calibration prompts", "; ".join(frontier["calibration"])],
         ["held-out prompts", "; ".join(frontier["held_out"])],
         ["weights", f"{layers:g} of what layers were measured to weigh, {steps:g} of steps"],
+        ["plans compared on the calibration prompts", compared],
         ["kernel times", basis],
         ["versions", versions],
     ]
