@@ -13,6 +13,7 @@ from dittools.errors import InputError, PlanError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
 from dittools.methods.block_statistics import statistics
+from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import NAMES, PARO, axis_order, table_mask
 from dittools.methods.paro_calibrate import (
     BlockMasses,
@@ -74,6 +75,31 @@ def test_collectors_run_dense_and_add_up_the_true_maps() -> None:
     masses.attend(replace(call, step=2), BACKEND)  # a step nobody looks at
     assert masses.maps.tolist() == [[0.0], [1.0]]
     assert masses.not_supported(local_heads(TokenGrid(4, 4, 4))) != []
+
+
+def test_padded_text_takes_no_mass_of_the_maps_away() -> None:
+    """Keys the model drops, and would look at most of all, count as if they were not there."""
+    grid, bare = TokenGrid(4, 4, 4, 0, 6), TokenGrid(4, 4, 4, 0, 2)
+    q, k, v = (torch.randn(2, grid.total, 3, 16) for _ in range(3))
+    k[:, bare.total :] = 9 * q[:, : grid.total - bare.total]
+    keep = torch.arange(grid.total) < bare.total
+    padded = AttentionCall(q, k, v, grid, key_mask=keep[None])
+    biased = replace(padded, key_mask=None, key_bias=torch.where(keep, 0.0, -torch.inf)[None, None])
+    short = AttentionCall(*(x[:, : bare.total] for x in (q, k, v)), bare)
+    orders = torch.tensor([[2, 0, 5]])
+
+    def looked_at(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = OrderScores(0.3, [0], block_size=16)
+        masses = BlockMasses(call.grid, orders, [0], [0], block_size=16)
+        for probe in (scores, masses):
+            probe.attend(call, BACKEND)
+        return scores.sums[0], masses.mass
+
+    for call in (padded, biased):
+        torch.testing.assert_close(looked_at(call), looked_at(short))
+        best = OracleTopK(density=0.4, block_size=16)
+        got, want = best.attend(call, BACKEND), best.attend(short, BACKEND)
+        torch.testing.assert_close(got[:, : bare.total], want)
 
 
 @pytest.mark.parametrize("metric", ["recall", "paper"])

@@ -48,6 +48,7 @@ def statistics(
     scale: float,
     rows: int | None = None,
     eps: float = 1e-3,
+    bias: torch.Tensor | None = None,
 ) -> Statistics:
     """Return the block statistics of softmax(scale * query key^T), streamed, never a whole map.
 
@@ -59,6 +60,7 @@ def statistics(
         scale: factor on the scores.
         rows: sampled queries per block, evenly spaced; None takes all.
         eps: weight below which an entry counts as small.
+        bias: float [H or 1, S] added to the scores of each key, -inf for padded text.
     """
     heads, blocks = query.shape[1], -(-tokens // block_size)
     sizes = torch.full((blocks,), block_size, device=query.device)
@@ -72,7 +74,10 @@ def statistics(
     for first in range(0, len(picked), step):
         part = picked[first : first + step]
         q = query[part].transpose(0, 1).float() * scale
-        weights = torch.softmax(q @ k.transpose(1, 2), dim=-1)[..., :tokens]
+        scores = q @ k.transpose(1, 2)
+        if bias is not None:
+            scores = scores + bias[:, None]
+        weights = torch.softmax(scores, dim=-1)[..., :tokens]
         short = blocks * block_size - tokens
         cut = torch.nn.functional.pad(weights, (0, short)).unflatten(2, (blocks, block_size))
         where = owner[first : first + step]

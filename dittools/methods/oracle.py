@@ -52,7 +52,10 @@ class OracleTopK:
         order = text_last_order(grid)
         order = None if order is None else order.to(call.query.device)
         query, key = (x if order is None else order.apply(x) for x in (call.query, call.key))
-        mass = statistics(query[0], key[0], grid.tokens, size, call.softmax_scale).mass
+        bias = call.additive_mask()
+        if bias is not None:
+            bias = bias[0] if order is None else bias[0][:, order.index[0]]
+        mass = statistics(query[0], key[0], grid.tokens, size, call.softmax_scale, bias=bias).mass
         if self.mass:
             share = mass / mass.sum(-1, keepdim=True)
             kept = keep_top(mass, (mass_counts(share, self.mass) + 1).clamp(max=mass.shape[2]))

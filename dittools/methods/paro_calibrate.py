@@ -18,7 +18,7 @@ from dittools.call import AttentionCall
 from dittools.errors import InputError
 from dittools.grid import TokenGrid
 from dittools.kernels import Backend
-from dittools.methods.block_statistics import statistics
+from dittools.methods.block_statistics import Statistics, statistics
 from dittools.methods.paro import NAMES, axis_order, best_order, distinct_orders, paper_scores
 from dittools.methods.paro_tables import ParoTables
 from dittools.methods.selection import row_mask
@@ -64,15 +64,7 @@ class OrderScores:
         return backend.dense(call)
 
     def _score(self, call: AttentionCall, item: int, head: int, order: int) -> torch.Tensor:
-        where = axis_order(call.grid, order).to(call.query.device)
-        found = statistics(
-            call.query[item, where, head : head + 1],
-            call.key[item, where, head : head + 1],
-            call.grid.tokens,
-            self.block_size,
-            call.softmax_scale,
-            self.rows,
-        )
+        found = _map_of(call, item, head, order, self.block_size, self.rows)
         scores = (found.recall(self.density), found.sparse(), found.incoherence())
         return torch.cat(scores).double().cpu()
 
@@ -138,18 +130,29 @@ class BlockMasses:
             where = (self.bin_of_step[min(call.step, len(self.bin_of_step) - 1)], call.layer)
             self.maps[where] += call.query.shape[0]
             for head, order in enumerate(self.orders[call.layer].tolist()):
-                at = axis_order(call.grid, order).to(call.query.device)
                 for item in range(call.query.shape[0]):
-                    found = statistics(
-                        call.query[item, at, head : head + 1],
-                        call.key[item, at, head : head + 1],
-                        call.grid.tokens,
-                        self.block_size,
-                        call.softmax_scale,
-                        self.rows,
-                    )
+                    found = _map_of(call, item, head, order, self.block_size, self.rows)
                     self.mass[where[0], where[1], head] += found.mass[0].cpu()
         return backend.dense(call)
+
+
+def _map_of(
+    call: AttentionCall, item: int, head: int, order: int, block_size: int, rows: int | None
+) -> Statistics:
+    """Return the statistics of one map as the model has it: keys it drops take no mass."""
+    where = axis_order(call.grid, order).to(call.query.device)
+    bias = call.additive_mask()
+    if bias is not None:
+        bias = bias[min(item, len(bias) - 1), min(head, bias.shape[1] - 1), where][None]
+    return statistics(
+        call.query[item, where, head : head + 1],
+        call.key[item, where, head : head + 1],
+        call.grid.tokens,
+        block_size,
+        call.softmax_scale,
+        rows,
+        bias=bias,
+    )
 
 
 def bins_of(steps: int, masks: int = 0) -> list[int]:
