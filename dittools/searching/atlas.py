@@ -13,7 +13,7 @@ _ENRICHED = 2.0  # times its uniform share a band must hold to name a head
 _LEAST = 0.25  # of the mass, so that a narrow band with little mass names nothing
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def band_keys(grid: TokenGrid, rows: tuple[int, ...]) -> torch.Tensor:
     """Return bool [bands, R, tokens]: which keys lie in each band of each query.
 
@@ -46,15 +46,18 @@ def band_shares(grid: TokenGrid, rows: torch.Tensor) -> torch.Tensor:
     return band_keys(grid, tuple(rows.tolist())).double().mean(dim=(1, 2))
 
 
-def small_map(weight: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:
+def small_map(
+    weight: torch.Tensor, rows: torch.Tensor, tokens: int, side: int | None = None
+) -> torch.Tensor:
     """Return [H, side, side]: attention mass between runs of queries and runs of keys.
 
     Args:
         weight: [H, R, N], each row sums to 1.
         rows: int64 [R], the queries of the rows.
         tokens: N.
+        side: cells per axis; None for as many as there are tokens, up to MAP_SIDE.
     """
-    side = min(MAP_SIDE, tokens)
+    side = side or min(MAP_SIDE, tokens)
     keys = torch.arange(tokens) * side // tokens
     by_key = weight.new_zeros((*weight.shape[:2], side)).index_add_(2, keys, weight)
     out = weight.new_zeros((weight.shape[0], side, side))

@@ -49,10 +49,11 @@ class Tap:
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return dense attention; its gradient is noted when it comes back."""
         out = backend.dense(call)
-        if out.requires_grad and call.grid == self.sites.grid:
+        if out.requires_grad and call.head_count == self.sites.heads:
             branch = call.branch if call.branch in BRANCHES else ""
             where = (call.layer, call.step, BRANCHES.index(branch))
-            out.register_hook(lambda gradient: self._note(where, gradient))
+            size = call.grid.total / self.sites.grid.total  # more tokens, more errors to add up
+            out.register_hook(lambda gradient: self._note(where, gradient * size**0.5))
         return out
 
     def _note(self, where: tuple[int, int, int], gradient: torch.Tensor) -> None:

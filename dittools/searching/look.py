@@ -64,8 +64,9 @@ class _Looker:
         return []
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
-        if call.grid == self.load.grid and call.head_count == self.load.heads:
-            if call.layer == self.load.layers // 2:
+        if call.head_count == self.load.heads:
+            is_middle = self.found.sample is None or call.layer == self.load.layers // 2
+            if call.grid == self.load.grid and is_middle:
                 q, k, v = (x.contiguous() for x in (call.query, call.key, call.value))
                 self.found.sample = AttentionCall(q[:1], k[:1], v[:1], call.grid, scale=call.scale)
             for heads, method in self._groups(call):

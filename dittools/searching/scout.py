@@ -25,7 +25,7 @@ class Facts:
 
     Attributes:
         model: class, layers, heads, head_dim.
-        grid: geometry of the main attention.
+        grid: geometry of the main attention: the one with most pairs over all calls.
         steps: of one generation.
         branches: forwards per step by name, in call order.
         step_seconds: wall time of one step, dense.
@@ -92,7 +92,7 @@ def scout(pipe: Any, settings: Settings) -> Facts:
     forwards: list[tuple[Any, str]] = [(each.denoiser, "forward") for each in targets]
     timer = PartTimer({"steps": forwards}, str(getattr(pipe, "device", "cpu")))
     with attach(pipe, Plan((Rule(watcher),)), check_finite=False, recorder=False) as handle:
-        generate(pipe, replace(settings, steps=1))
+        _warm_up(pipe, short)
         handle.reset()
         with timer.running():
             seconds = generate(pipe, short).seconds
@@ -107,7 +107,7 @@ def scout(pipe: Any, settings: Settings) -> Facts:
     per_step = max(inside, 1e-6) / (short.steps or 1)
     return Facts(
         model=model_facts(target.denoiser, target.paths),
-        grid=max(watcher.grids, key=lambda g: (watcher.grids[g], g.total)),
+        grid=max(watcher.grids, key=lambda g: (watcher.grids[g] * g.total**2, g.total)),
         steps=steps,
         branches=tuple(watcher.branches),
         step_seconds=per_step,
@@ -116,6 +116,24 @@ def scout(pipe: Any, settings: Settings) -> Facts:
         dtype=watcher.dtype,
         gains=output_gains(target),
     )
+
+
+def _warm_up(pipe: Any, short: Settings) -> None:
+    """Run one step, or as many as the timed run has where a schedule of one cannot be made.
+
+    Raises:
+        InputError: the run has one step only, and cannot be made.
+    """
+    try:
+        generate(pipe, replace(short, steps=1))
+    except ArithmeticError as error:  # Mochi's schedule divides by the steps of its second half
+        if short.steps == 1:
+            raise InputError(
+                f"{type(pipe).__name__} cannot make a run of one step",
+                got=str(error),
+                remedy="more steps",
+            ) from error
+        generate(pipe, short)
 
 
 def output_gains(target: Target) -> list[torch.Tensor | None]:

@@ -72,8 +72,11 @@ class Table:
 
     def range_weight(self) -> torch.Tensor:
         """Return float64 [P]: steps of the run in each part, a step of one branch counting half."""
-        steps = torch.tensor(self.sites.range_steps, dtype=torch.float64)
-        return steps.repeat_interleave(len(self.branches)) / len(self.branches)
+        return _steps(self.sites, len(self.branches))
+
+    def seen(self) -> torch.Tensor:
+        """Return bool [L, P]: where something was measured; a part without steps never is."""
+        return self.norm.sum(dim=2) > 0
 
     def joint(self) -> "Table | None":
         """Return the table in which all heads of a layer keep to one method; None without any."""
@@ -157,8 +160,10 @@ def _table(
     maps = sums["maps"]
     density, computed = mean("density"), mean("computed")
     density[..., 0], computed[..., 0] = 1.0, 1.0
+    known = (mean("norm").sum(dim=2) > 0) * _steps(sites, len(branches))
+    over = [_over_run(t, known) for t in (density, computed)]
     return Table(
-        [_with_density(c, density[..., n], computed[..., n]) for n, c in enumerate(candidates)],
+        [_with_density(c, float(over[0][n]), float(over[1][n])) for n, c in enumerate(candidates)],
         sites,
         mean("error"),
         sums["error"] / _like(calls.clamp(min=1), sums["error"]),
@@ -178,11 +183,23 @@ def _like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return tensor.view(*tensor.shape, *[1] * (other.dim() - tensor.dim()))
 
 
-def _with_density(candidate: Candidate, density: torch.Tensor, computed: torch.Tensor) -> Candidate:
-    """Fill in the density of a candidate that looks at query and key: its mean over all items."""
+def _steps(sites: Sites, branches: int) -> torch.Tensor:
+    """Return float64 [P]: steps of the run in each part, a step of one branch counting half."""
+    steps = torch.tensor(sites.range_steps, dtype=torch.float64)
+    return steps.repeat_interleave(branches) / branches
+
+
+def _over_run(share: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return [C]: the mean of [L, P, H, C] over heads and, by weights [L, P], over the run."""
+    total = (share.mean(dim=2) * weight[..., None]).sum(dim=(0, 1))
+    return total / weight.sum().clamp(min=1e-30)
+
+
+def _with_density(candidate: Candidate, density: float, computed: float) -> Candidate:
+    """Fill in the density of a candidate that looks at query and key: its mean over the run."""
     if candidate.mask is not None or candidate.method.name == "dense":
         return candidate
-    return replace(candidate, density=float(density.mean()), computed=float(computed.mean()))
+    return replace(candidate, density=density, computed=computed)
 
 
 def flat_weights(table: Table) -> torch.Tensor:
@@ -222,6 +239,7 @@ def problem_of(
     for layer, head in constraints.dense_heads:
         pinned[layer, head] = True
     allowed[..., 1:] &= ~pinned[:, None, :, None]
+    allowed[..., 1:] &= table.seen()[..., None, None]  # of what was not looked at nothing is known
     group = torch.arange(layers * parts)[:, None].expand(-1, heads)
     together = torch.tensor([c.together for c in table.candidates])
     return Problem(
@@ -240,19 +258,24 @@ def survivors(table: Table, most: int = 30) -> list[int]:
     Of those that heads use together, the first choice of some layer counts for all its heads.
 
     Prices run from that at which hardly anything is worth its cost to that at which nearly all
-    heads are dense; a candidate that is only ever second counts half.
+    heads are dense; a candidate that is only ever second counts half. The cheapest one that can run
+    everywhere always stays: it decides what can be reached.
 
     Args:
         table: of a first look.
         most: the number kept; those chosen most often stay.
     """
-    loss = (table.error * flat_weights(table)[..., None]).flatten(0, 2)
-    cost = table.executed().flatten(0, 2)
+    seen = table.seen().flatten()
+    loss = (table.error * flat_weights(table)[..., None]).flatten(0, 1)[seen].flatten(0, 1)
+    cost = table.executed().flatten(0, 1)[seen].flatten(0, 1)
     loss = torch.where(torch.isfinite(loss), loss, float("inf"))
     votes = torch.zeros(loss.shape[1], dtype=torch.int64)
     heads = table.shape[2]
     together = torch.tensor([c.together for c in table.candidates]).nonzero().flatten()
-    typical = float(loss[:, 1:][torch.isfinite(loss[:, 1:])].median().clamp(min=1e-30))
+    finite = loss[:, 1:][torch.isfinite(loss[:, 1:])]
+    if not len(finite):  # nothing was looked at, or nothing can run
+        return []
+    typical = float(finite.median().clamp(min=1e-30))
     for halves in range(-40, 41):
         price = loss + typical * 2.0 ** (halves / 2) * cost
         best = price.topk(min(2, price.shape[1]), dim=1, largest=False).indices
@@ -263,9 +286,12 @@ def survivors(table: Table, most: int = 30) -> list[int]:
             votes += weight * torch.bincount(best[:, place], minlength=len(votes))
         if len(together):
             every = price[:, together].unflatten(0, (-1, heads)).sum(dim=1)
-            chosen = together[every.argmin(dim=1)]
+            chosen = together[every.argmin(dim=1)][every.isfinite().any(dim=1)]
             votes += 2 * heads * torch.bincount(chosen, minlength=len(votes))
     ranked = [int(n) for n in votes.argsort(descending=True, stable=True) if votes[n] and n]
+    least = cost.mean(dim=0).masked_fill(~torch.isfinite(loss).all(dim=0), float("inf"))
+    cheapest = int(least.argmin())
+    ranked = [cheapest] * (cheapest > 0) + [n for n in ranked if n != cheapest]
     return sorted(ranked[:most])
 
 
