@@ -77,7 +77,7 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
         "single methods": singles * held_out,
     }
     if request.target == "speedup":
-        generations["dense, timed"] = budget.rounds * held_out
+        generations["dense, timed"] = (budget.rounds + singles) * held_out
     sampled = min(facts.steps, ranges * budget.steps_per_range) * max(1, len(facts.branches))
     calls = -(-calibration // min(calibration, 2)) * sampled * facts.model.layers
     rows = min(budget.rows, facts.grid.total)

@@ -44,17 +44,17 @@ def _scores(frontier: dict[str, Any]) -> str:
 
 
 def _singles(frontier: dict[str, Any]) -> str:
+    names = {"psnr_db": "held-out dB"}
+    if "speedup" in frontier["target"]:
+        names["speedup"] = "speed-up"
     rows = [
         [
-            single["name"],
-            single["density"],
-            single["computed"],
-            single["predicted_db"],
-            single["held_out"]["psnr_db"] if single["held_out"] else "",
+            *(single[key] for key in ("name", "density", "computed", "predicted_db")),
+            *((single["held_out"] or {}).get(key, "") for key in names),
         ]
         for single in sorted(frontier["singles"], key=lambda s: (s["density"], s["name"]))
     ]
-    head = ["single method", "density", "blocks computed", "predicted dB", "held-out dB"]
+    head = ["single method", "density", "blocks computed", "predicted dB", *names.values()]
     inner = table(head, rows)
     return f"<details><summary>All {len(rows)} single methods</summary>{inner}</details>"
 

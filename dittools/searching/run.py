@@ -34,7 +34,7 @@ BLENDS = ((1.0, 1.0), (0.5, 0.5))
 # the same where all heads of a layer keep to one method that shares out its blocks itself: what a
 # head needs differs from prompt to prompt, what a layer needs less
 JOINT_BLENDS = ((1.0, 1.0),)
-NEAR = 0.03  # a single method that works through another share does not compare with the plan
+NEAR = 0.03  # a single method that costs another share of dense does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
 _REFERENCE_DENSITY = 0.35  # where the blends are compared when no density is asked for
@@ -186,7 +186,7 @@ def run(
     watch("curve", curve_points(solver, predictor))
     watch("singles", single_points(solver, predictor, {}))
     verdict = _verify(bench, solver, predictor, request, start, watch)
-    singles = _singles(bench, solver, verdict.chosen.solution.executed, request)
+    singles = _singles(bench, solver, verdict.chosen.solution, request)
     plan = _signed(verdict, request, solver, facts)
     return Outcome(
         request, facts, table, solver, predictor, sensitivity, blend, tried, verdict, singles, plan
@@ -350,19 +350,25 @@ def _verify(
 
 
 def _singles(
-    bench: Bench, solver: Solver, executed: float, request: Request
+    bench: Bench, solver: Solver, plan: Solution, request: Request
 ) -> list[tuple[int, Score]]:
-    """Return scores of single methods that work through about as much on the held-out prompts.
+    """Return scores of single methods that cost about as much as a plan on the held-out prompts:
+    that work through as many pairs, or take as much time where the target is a speed-up.
 
     One of each method comes first, those predicted to do best before the others.
     """
+
+    def price(solution: Solution) -> float:
+        return solution.cost if solver.by_time else solution.executed
+
     usable = [
         number
         for number, c in enumerate(solver.table.candidates)
         if number and getattr(c.method, "mode", "") != "skip"
     ]
-    apart = {n: abs(solver.single(n).executed - executed) for n in usable}
-    loss = {n: solver.single(n).loss for n in usable}
+    alone = {n: solver.single(n) for n in usable}
+    apart = {n: abs(price(solution) - price(plan)) for n, solution in alone.items()}
+    loss = {n: solution.loss for n, solution in alone.items()}
     near = sorted(usable, key=lambda n: (max(apart[n] - NEAR, 0.0), loss[n], n))
     best: dict[str, int] = {}
     for number in near:
@@ -370,7 +376,8 @@ def _singles(
     chosen = [*best.values(), *(n for n in near if n not in best.values())]
     chosen = chosen[: request.budget.points]
     plans = [solver.single(number).plan for number in chosen]
-    scores = bench.score_all("generating with single methods", plans, request.held_out)
+    what = "generating with single methods"
+    scores = bench.score_all(what, plans, request.held_out, solver.by_time)
     return list(zip(chosen, scores, strict=True))
 
 
