@@ -132,13 +132,15 @@ def test_step_ranges_without_a_step_say_nothing() -> None:
 
 
 def test_the_density_of_a_chooser_counts_every_step_of_the_run() -> None:
-    table = _table_of(3, HALVES)  # steps 0 and 1, then step 2
-    number = len(table.candidates) - 1
-    by_step = [
-        _table_of(3, (0.0, 1 / 3, 2 / 3, 1.0)).density[0, part, :, number].mean()
-        for part in range(3)
-    ]
-    assert table.candidates[number].density == pytest.approx(float(sum(by_step)) / 3)
+    candidates = _candidates(build("psa", {"block_size": 16}))  # keeps what holds the mass
+    calls = [_call(GRID, step) for step in range(3)]
+    calls[2] = replace(calls[2], query=calls[2].query * 9)  # a sharper step, alone in its range
+    sites = _sites(GRID, 3)
+    assert sites.range_steps == [2, 1]
+    found = merge([_probed(candidates, calls, sites).results()], candidates, sites)
+    early, late = found.density[0, :, :, 1].mean(dim=1).tolist()
+    assert early > late + 0.05
+    assert found.candidates[1].density == pytest.approx((2 * early + late) / 3)
 
 
 def test_the_cheapest_candidate_survives_so_that_reach_is_not_lost() -> None:
