@@ -11,6 +11,7 @@ from dittools.errors import InputError, UnknownMethod
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
 from dittools.methods import METHODS, GridMethod, Method, build, preset, to_params
+from dittools.methods.headhunter import HeadHunter
 from dittools.methods.random_blocks import RandomBlocks
 
 GRIDS = {
@@ -98,6 +99,31 @@ def test_unknown_names_and_parameters_are_refused_with_the_choices() -> None:
         build("random", {"density": 1.5})
     with pytest.raises(UnknownMethod, match="unknown method"):
         preset("foo", "wan")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_class_names_its_parameters_when_it_is_given_others(name: str) -> None:
+    kind = METHODS[name]
+    known = [item.name for item in fields(kind)]
+    with pytest.raises(UnknownMethod, match=rf"^{name} does not take widht; expected ") as refused:
+        kind(widht=3)
+    assert "got {'widht': 3}" in str(refused.value)
+    assert all(f"{item}: " in refused.value.expected for item in known)
+    with pytest.raises(UnknownMethod, match=f"{name} takes at most {len(known)} values"):
+        kind(*range(len(known) + 1))
+    for item in known:
+        with pytest.raises(UnknownMethod, match=f"try: {item}$"):
+            kind(**{item[:-1] + "q": 1})
+
+
+def test_near_misses_are_suggested() -> None:
+    for wrong, right in (("Radial", "radial"), ("svg-2", "svg2"), ("sparse_vid", "sparse_vdit")):
+        with pytest.raises(UnknownMethod, match=f"got '{wrong}'; try: {right}$"):
+            build(wrong)
+    with pytest.raises(UnknownMethod, match=r"got 'foo'$"):
+        build("foo")
+    with pytest.raises(UnknownMethod, match=r"headhunter does not take head; .*; try: heads$"):
+        HeadHunter(head=["L0"])  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.33, 0.5, 1.0])

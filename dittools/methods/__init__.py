@@ -1,7 +1,7 @@
 """The methods: each a frozen dataclass of parameters that runs one attention call."""
 
-from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from dataclasses import fields
+from typing import Any
 
 from dittools.errors import UnknownMethod
 from dittools.methods.agent import Agent
@@ -12,6 +12,7 @@ from dittools.methods.dense import Dense
 from dittools.methods.freeswim import FreeSwim
 from dittools.methods.gna import GNA
 from dittools.methods.metered import Metered
+from dittools.methods.naming import named, near_miss
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import PARO
 from dittools.methods.presets import ALIASES, COMBINATIONS, DEFAULT_DENSE_STEPS, PUBLISHED
@@ -28,7 +29,7 @@ from dittools.methods.tome import ToMe
 from dittools.methods.vmoba import VMoBA
 
 METHODS: dict[str, type[Any]] = {
-    m.name: m
+    m.name: named(m)
     for m in (
         Dense,
         Radial,
@@ -75,13 +76,6 @@ def build(name: str, params: dict[str, Any] | None = None) -> Method:
         InputError: a parameter has an unusable value.
     """
     kind, known = _kind(name)
-    unknown = sorted(set(params or {}) - {f.name for f in fields(kind)})
-    if unknown:
-        raise UnknownMethod(
-            f"{name} does not take {', '.join(unknown)}",
-            expected=", ".join(describe(kind)) or "no parameters",
-            got=repr(params),
-        )
     method: Method = kind(**{**known, **(params or {})})
     return method
 
@@ -121,21 +115,15 @@ def preset(name: str, family: str) -> Preset:
     return Preset(kind(**known), DEFAULT_DENSE_STEPS, 0, source + ", a quarter of the steps dense")
 
 
-def describe(kind: type[Any]) -> list[str]:
-    """Return one phrase per parameter of a method class: name, type and default."""
-    hints = get_type_hints(kind)
-    phrases = []
-    for item in fields(kind):
-        kind_name = getattr(hints[item.name], "__name__", str(hints[item.name]))
-        default = "" if item.default is MISSING else f" = {item.default!r}"
-        phrases.append(f"{item.name}: {kind_name}{default}")
-    return phrases
-
-
 def _kind(name: str) -> tuple[type[Any], dict[str, Any]]:
     """Return the class of a name and the parameters the name stands for."""
     method, known = COMBINATIONS.get(name, (name, {}))
     if method not in METHODS:
-        expected = f"one of {', '.join((*METHODS, *COMBINATIONS))}"
-        raise UnknownMethod("unknown method", expected=expected, got=repr(name))
+        names = (*METHODS, *COMBINATIONS)
+        raise UnknownMethod(
+            "unknown method",
+            expected=f"one of {', '.join(names)}",
+            got=repr(name),
+            remedy=near_miss(name, names),
+        )
     return METHODS[method], known

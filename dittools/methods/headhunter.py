@@ -18,11 +18,13 @@ import torch
 
 from dittools.errors import InputError
 from dittools.methods.base import bad_param, check_params, param
+from dittools.methods.naming import named
 
 _NAME = re.compile(r"L(\d{1,6})(?:H(\d{1,6}))?")
 _ROWS = 1024  # image queries whose scores over the text are held at a time
 
 
+@named
 @dataclass(frozen=True)
 class HeadHunter:
     """Guidance by perturbed heads: which heads, how strongly damaged, how strongly guided."""
