@@ -3,8 +3,10 @@
 Preprocessing is plain torch, since the packaged image processors need torchvision.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +36,25 @@ class Embedder:
         family: "dino" or "clip".
         name: model type and folder name, for tables.
         forward: normalised images [N, 3, H, W] -> [N, D].
+        antialias: whether frames are made smaller as Pillow does; VBench does not.
     """
 
     family: str
     name: str
     forward: Callable[[torch.Tensor], torch.Tensor]
+    antialias: bool = False
 
     def __call__(self, pixels: Pixels) -> npt.NDArray[np.float64]:
         """Return unit vectors [frames, D] of uint8 frames [F, H, W, 3]."""
         rows = []
         for start in range(0, len(pixels), BATCH):
-            images = _prepared(pixels[start : start + BATCH], self.family)
+            images = prepared(pixels[start : start + BATCH], self.family, self.antialias)
             with torch.no_grad():
                 rows.append(F.normalize(self.forward(images).float(), dim=-1))
         return torch.cat(rows).double().numpy()
 
 
-def load_embedder(folder: Path, family: str) -> Embedder:
+def load_embedder(folder: Path, family: str, *, antialias: bool = False) -> Embedder:
     """Return a DINO or CLIP image network from a transformers folder.
 
     DINO gives the class token after the last norm, CLIP the projected image feature.
@@ -58,6 +62,7 @@ def load_embedder(folder: Path, family: str) -> Embedder:
     Args:
         folder: config.json and weights, as `save_pretrained` writes them.
         family: "dino" or "clip".
+        antialias: as in `Embedder`.
     Raises:
         InputError: no such folder, another kind of model, or weights missing from it.
     """
@@ -88,6 +93,8 @@ def load_embedder(folder: Path, family: str) -> Embedder:
             got=f"{len(missing)} tensors missing",
         )
     model = loaded.eval()
+    if kind == "vit":
+        model.embeddings.interpolate_pos_encoding = partial(_dino_positions, model.embeddings)
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         extra = {"interpolate_pos_encoding": True} if kind == "vit" else {}
@@ -96,7 +103,25 @@ def load_embedder(folder: Path, family: str) -> Embedder:
         assert isinstance(vectors, torch.Tensor)
         return vectors
 
-    return Embedder(family, f"{kind}, {folder.name}", forward)
+    return Embedder(family, f"{kind}, {folder.name}", forward, antialias)
+
+
+def _dino_positions(embeddings: Any, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return position vectors [1, 1 + patches, D] for any size, as DINO's own code has them.
+
+    It enlarges the trained raster by factors to which a tenth of a patch was added; transformers
+    enlarges to the size, which moves the unit vectors of wide frames by some 3e-4.
+    """
+    known: torch.Tensor = embeddings.position_embeddings
+    count = known.shape[1] - 1
+    if tokens.shape[1] - 1 == count and height == width:
+        return known
+    side = math.isqrt(count)
+    raster = known[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    rows, columns = (int(pixels // embeddings.patch_size) for pixels in (height, width))
+    factors = ((rows + 0.1) / side, (columns + 0.1) / side)
+    raster = F.interpolate(raster, scale_factor=factors, mode="bicubic", align_corners=False)
+    return torch.cat((known[:, :1], raster.flatten(2).transpose(1, 2)), dim=1)
 
 
 def load_aesthetic_head(folder: Path, width: int) -> Callable[[npt.NDArray[Any]], float]:
@@ -189,16 +214,29 @@ def _lpips_linear(folder: Path) -> list[torch.Tensor]:
     return [weight for weight in weights if weight is not None]
 
 
-def _prepared(pixels: Pixels, family: str) -> torch.Tensor:
-    """Return normalised images as VBench prepares them: shorter side 224, CLIP also cropped."""
+def prepared(pixels: Pixels, family: str, antialias: bool = False) -> torch.Tensor:
+    """Return normalised images [N, 3, H, W]: shorter side 224, for CLIP also cropped to it.
+
+    Args:
+        pixels: uint8 [N, H, W, 3].
+        family: "dino" or "clip".
+        antialias: resize as Pillow does, which is what CLIP's own processor uses and every score
+            that was trained with it; False is VBench's way.
+    """
     images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float()
     height, width = images.shape[2:]
-    scale = 224 / min(height, width)
-    size = (224, int(width * scale)) if height <= width else (int(height * scale), 224)
+    longer = 224 * max(height, width) // min(height, width)
+    size = (224, longer) if height <= width else (longer, 224)
     mode = "bicubic" if family == "clip" else "bilinear"
-    images = F.interpolate(images, size, mode=mode, align_corners=False, antialias=False)
+    resize = partial(F.interpolate, mode=mode, align_corners=False, antialias=antialias)
+    if antialias:  # Pillow's order, and whole levels after each pass
+        for part in ((height, size[1]), size):
+            images = resize(images, part).round().clamp(0, 255)
+    else:
+        images = resize(images, size)
     if family == "clip":
-        top, left = round((size[0] - 224) / 2), round((size[1] - 224) / 2)
+        over = (size[0] - 224, size[1] - 224)  # an odd one: CLIP's processor leaves more behind it
+        top, left = (n // 2 if antialias else round(n / 2) for n in over)
         images = images[:, :, top : top + 224, left : left + 224]
     mean, deviation = (torch.tensor(part).view(1, 3, 1, 1) for part in MEANS[family])
     return (images / 255 - mean) / deviation

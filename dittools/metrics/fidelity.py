@@ -15,7 +15,7 @@ Frames = npt.NDArray[np.float32]  # [frames, height, width, 3], 0..1
 PSNR_CAP_DB = 120.0  # identical clips; keeps tables and JSON finite
 CHUNK_PIXELS = 4_000_000  # frames are compared a few at a time, so that long clips fit in memory
 EXACT_PIXELS = 500_000  # of a clip; SSIM of longer ones runs in float32, 15 times as fast
-MS_SSIM_LEAST_SIDE = 161  # pixels: window 11 on the smallest of five scales
+MS_SSIM_LEAST_SIDE = 176  # pixels: window 11 on the smallest of five scales, a sixteenth
 
 
 def db_words(psnr_db: float) -> str:
@@ -32,7 +32,7 @@ class Fidelity:
         ssim: mean over frames, 1 for identical ones.
         frame_psnr_db: per frame.
         frame_ssim: per frame.
-        ms_ssim: mean over frames; None where a side is shorter than 161 pixels.
+        ms_ssim: mean over frames; None where a side is shorter than 176 pixels.
     """
 
     psnr_db: float

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dittools.errors import InputError
-from dittools.metrics.embedders import _prepared, load_aesthetic_head, load_embedder
+from dittools.metrics.embedders import load_aesthetic_head, load_embedder, prepared
 from dittools.metrics.prompt_score import Frames, prompt_margins, score_clip
 
 FRAMES = 4  # of a clip
@@ -147,7 +147,7 @@ def _cosines(folder: Path) -> tuple[Callable[[Any, str], torch.Tensor], float]:
             found = model(
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],
-                pixel_values=_prepared(pixels, "clip"),
+                pixel_values=prepared(pixels, "clip", antialias=True),
             )
         logits: torch.Tensor = found.logits_per_image[:, 0].float()
         return logits / scale
@@ -168,7 +168,7 @@ def _pickscore(folder: Path) -> Score:
 
 
 def _aesthetic(folder: Path) -> Score:
-    embed = load_embedder(folder, "clip")
+    embed = load_embedder(folder, "clip", antialias=True)
     width = embed(np.zeros((1, 8, 8, 3), np.uint8)).shape[1]
     head = load_aesthetic_head(folder, width)
     return lambda f, _: 10 * head(embed(_pixels(f)))
