@@ -1,5 +1,7 @@
 """Ways to call a pipeline that must not disturb a plan: batches, callbacks, conditions, threads."""
 
+import copy
+import gc
 import threading
 from functools import cache
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import toys
 from toys import Spy, Whole, generate
 
 from dittools.patches import attach
+from dittools.patches.refusals import UNKNOWN_LENGTH
 from dittools.patches.steps import StepClock
 from dittools.pipelines import tiny
 
@@ -376,3 +379,61 @@ def test_a_run_is_counted_from_where_it_begins(given: float, steps: int) -> None
     pipe = Pipe()
     place = StepClock(pipe).observe(torch.tensor(given))
     assert (place.step, place.steps) == (0, steps)
+
+
+def places(spy: Spy) -> list[tuple[int, int]]:
+    """The steps that were sparse, with the length of their run; counts from here on anew."""
+    found = sorted({(call.step, call.steps) for call in spy.seen})
+    spy.seen.clear()
+    return found
+
+
+@both_families
+def test_a_copy_of_a_pipeline_counts_its_own_steps(name: str) -> None:
+    pipe, spy = tiny.build(name), Spy()
+    expected = generate(pipe, name, num_inference_steps=4)
+    with attach(pipe, spy, dense_steps=0.5):
+        twin = copy.deepcopy(pipe)
+        for some in (pipe, twin, twin, pipe, twin):
+            steps = 4 if some is pipe else 2
+            made = generate(some, name, num_inference_steps=steps)
+            assert some is twin or torch.equal(made, expected)
+            assert places(spy) == ([(2, 4), (3, 4)] if some is pipe else [(1, 2)])
+        del pipe
+        gc.collect()
+        generate(twin, name, num_inference_steps=2)
+        assert places(spy) == [(1, 2)]
+
+
+@both_families
+def test_the_run_is_followed_when_the_pipeline_it_was_attached_to_is_gone(name: str) -> None:
+    first, spy = tiny.build(name), Spy()
+    with attach(first, spy, dense_steps=0.5):
+        second = type(first)(**first.components)
+        second.set_progress_bar_config(disable=True)
+        del first
+        gc.collect()
+        generate(second, name, num_inference_steps=4)
+    assert places(spy) == [(2, 4), (3, 4)]
+
+
+@both_families
+def test_a_scheduler_that_is_at_its_end_is_not_the_one_that_runs(name: str) -> None:
+    """Another pipeline with the same model may have one of its own, which nobody named."""
+    pipe, spy = tiny.build(name), Spy()
+    other = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    second = type(pipe)(**{**pipe.components, "scheduler": other})
+    second.set_progress_bar_config(disable=True)
+    with attach(pipe, spy, dense_steps=1):
+        for some in (pipe, second, second, pipe):
+            generate(some, name, num_inference_steps=3)
+            known = 3 if some is pipe else 0
+            assert places(spy) == [(1, known), (2, known)]
+    with attach(pipe, spy, dense_steps=0.5) as handle:
+        generate(pipe, name, num_inference_steps=3)
+        assert places(spy) == [(2, 3)]
+        handle.reset()
+        generate(second, name, num_inference_steps=3)
+        report = handle.report()
+        assert places(spy) == []
+        assert report.fallbacks == {UNKNOWN_LENGTH: report.calls["dense"]}

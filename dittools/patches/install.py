@@ -49,7 +49,8 @@ class RootHook:
         self.root.begin(denoiser, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RootHook":
-        """Share the hook with the copy."""
+        """Share the hook with the copy; a pipeline that is copied with it has its own steps."""
+        self.root.runtime.clock.follow_copies(memo)
         return self
 
     def __reduce__(self) -> Any:

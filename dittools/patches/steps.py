@@ -1,7 +1,7 @@
 """Which denoising step and which guidance branch a forward belongs to; read, never wrapped."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,45 +21,85 @@ class Place(NamedTuple):
     is_new_run: bool
 
 
+class Followed:
+    """A pipeline, and its scheduler, which a pipeline made from it may use when it is gone."""
+
+    def __init__(self, pipe: Any) -> None:
+        """Read the scheduler now; it is read again, since users replace it."""
+        self.pipe = weakref.ref(pipe)
+        self._scheduler = getattr(pipe, "scheduler", None)
+        self._seen: tuple[Any, Any] = (None, None)
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler now, the last known one when the pipeline is gone; None without one."""
+        pipe = self.pipe()
+        if pipe is not None:
+            self._scheduler = getattr(pipe, "scheduler", None)
+        return self._scheduler
+
+    def has_moved(self) -> bool:
+        """Whether a run began or took a step since the last look."""
+        scheduler = self.scheduler
+        timesteps = getattr(scheduler, "timesteps", None)
+        index = getattr(scheduler, "_step_index", None)
+        before, self._seen = self._seen, (timesteps, index)
+        return timesteps is not before[0] or index != before[1]
+
+
 class StepClock:
     """Finds the step from the pipeline's scheduler, or from changes of the timestep.
 
-    Shared by all denoisers of one attachment, so that two transformers count one run.
+    Shared by all denoisers of one attachment, so that two transformers count one run, and by copies
+    of the pipeline, which have schedulers of their own.
     """
 
     def __init__(self, pipe: Any) -> None:
         """Follow a pipeline.
 
         Args:
-            pipe: holds the scheduler; read at every forward, since users replace it. None when a
-                denoiser was attached on its own.
+            pipe: holds the scheduler. None when a denoiser was attached on its own.
         """
-        self._pipe: Callable[[], Any] = (lambda: None) if pipe is None else weakref.ref(pipe)
+        self._followed = [] if pipe is None else [Followed(pipe)]
+        self._current = self._followed[0] if self._followed else None
         self._timesteps: Any = None
         self._last_value: float | None = None
         self._direction = 0.0
         self._step = -1
         self._begin = 0
 
+    def follow_copies(self, copies: Mapping[int, Any]) -> None:
+        """Follow copies of the pipelines too.
+
+        Args:
+            copies: the memo of `copy.deepcopy`: copy by id of the original.
+        """
+        pipes = [one.pipe() for one in self._followed]
+        twins = [copies.get(id(pipe)) for pipe in pipes if pipe is not None]
+        known = {id(pipe) for pipe in pipes}
+        self._followed += [Followed(t) for t in twins if t is not None and id(t) not in known]
+
     @property
     def pipe(self) -> Any:
         """The pipeline, None without one."""
-        return self._pipe()
+        return None if self._current is None else self._current.pipe()
 
     @property
     def is_guided(self) -> bool | None:
         """Whether the run that is under way is guided; None where the pipeline does not tell."""
-        guided = getattr(self._pipe(), "do_classifier_free_guidance", None)
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         return None if guided is None else bool(guided)
 
     def observe(self, timestep: Any) -> Place:
         """Return the place of a forward that was given this timestep."""
-        scheduler = getattr(self._pipe(), "scheduler", None)
+        scheduler = self._scheduler()
         timesteps = getattr(scheduler, "timesteps", None)
         if timesteps is None or getattr(scheduler, "num_inference_steps", 1) is None:
             return self._by_change(_first_value(timestep))
         # set_timesteps makes a new tensor: that is what marks a run of one step as a new one
         is_new = timesteps is not self._timesteps
+        if not is_new and _is_over(scheduler, timesteps):
+            return self._by_change(_first_value(timestep))  # the run has a scheduler of its own
         self._timesteps = timesteps
         if is_new:
             self._step = -1
@@ -71,6 +111,13 @@ class StepClock:
         is_new = is_new or step < self._step
         self._step = step
         return Place(step, len(timesteps) - begin, is_new)
+
+    def _scheduler(self) -> Any:
+        """Return the scheduler that moved since the last forward, else the one that did before."""
+        moved = [one for one in self._followed if one.has_moved()]
+        if moved and self._current not in moved:
+            self._current = moved[0]
+        return None if self._current is None else self._current.scheduler
 
     def _by_scheduler(self, scheduler: Any, timesteps: Any, begin: int, timestep: Any) -> int:
         if hasattr(scheduler, "_step_index"):
@@ -104,6 +151,12 @@ class StepClock:
         self._direction = direction
         self._step += 1
         return Place(self._step, 0, False)
+
+
+def _is_over(scheduler: Any, timesteps: Any) -> bool:
+    """Whether a scheduler has no step left to take."""
+    index = getattr(scheduler, "_step_index", None)
+    return isinstance(index, int) and index >= len(timesteps)
 
 
 def _first_index(scheduler: Any, timesteps: Any, timestep: Any) -> int:
