@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler
 
 from dittools.call import AttentionCall
 from dittools.errors import InputError
@@ -181,8 +182,17 @@ def test_a_gradient_is_noted_in_calls_of_another_size() -> None:
 
 def test_the_main_grid_is_the_one_with_most_pairs() -> None:
     given = {k: v for k, v in settings_for("sd").items() if k != "steps"}
-    facts = scout(tiny("sd"), Settings(**given, steps=2))
+    facts = scout(tiny("sd"), Settings(**given, steps=3))
     assert facts.grid == TokenGrid(1, 16, 24)  # more calls are made at (8, 12)
+    assert facts.steps == 4  # its scheduler, PNDM, takes one more than asked for
+    assert facts.seconds == pytest.approx(facts.fixed_seconds + 4 * facts.step_seconds)
+
+
+def test_the_steps_of_a_run_are_those_its_scheduler_takes() -> None:
+    pipe, given = tiny("pixart"), settings_for("pixart")
+    assert scout(pipe, Settings(**{**given, "steps": 5})).steps == 5
+    pipe.scheduler = HeunDiscreteScheduler()
+    assert scout(pipe, Settings(**{**given, "steps": 5})).steps == 9
 
 
 def test_a_pipeline_that_cannot_make_one_step_is_scouted_with_two() -> None:

@@ -26,7 +26,7 @@ class Facts:
     Attributes:
         model: class, layers, heads, head_dim.
         grid: geometry of the main attention: the one with most pairs over all calls.
-        steps: of one generation.
+        steps: of one generation, as the scheduler counts them: some take more than are asked for.
         branches: forwards per step by name, in call order.
         step_seconds: wall time of one step, dense.
         fixed_seconds: wall time of a generation outside of its steps.
@@ -65,6 +65,7 @@ class _Watcher:
         self.grids: dict[TokenGrid, int] = {}
         self.branches: dict[str, None] = {}
         self.dtype = torch.float32
+        self.steps = 0
 
     def not_supported(self, call: AttentionCall) -> list[str]:
         return []
@@ -72,6 +73,7 @@ class _Watcher:
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         self.grids[call.grid] = self.grids.get(call.grid, 0) + 1
         self.branches[call.branch] = None
+        self.steps = call.steps
         self.dtype = call.query.dtype
         return backend.dense(call)
 
@@ -104,18 +106,24 @@ def scout(pipe: Any, settings: Settings) -> Facts:
             remedy="a size and pipeline that `dittools doctor` supports",
         )
     inside = min(timer.milliseconds()["steps"] / 1000, seconds)
-    per_step = max(inside, 1e-6) / (short.steps or 1)
+    timed = watcher.steps or short.steps or 1
+    per_step = max(inside, 1e-6) / timed
     return Facts(
         model=model_facts(target.denoiser, target.paths),
         grid=max(watcher.grids, key=lambda g: (watcher.grids[g] * g.total**2, g.total)),
-        steps=steps,
+        steps=timed + (steps - (short.steps or 1)) * _order(pipe),
         branches=tuple(watcher.branches),
         step_seconds=per_step,
         fixed_seconds=seconds - inside,
-        attention_seconds=min(report.attention_ms / 1000 / (short.steps or 1), per_step),
+        attention_seconds=min(report.attention_ms / 1000 / timed, per_step),
         dtype=watcher.dtype,
         gains=output_gains(target),
     )
+
+
+def _order(pipe: Any) -> int:
+    """Return how many steps a scheduler takes for one more that is asked for: 2 for Heun."""
+    return max(1, int(getattr(getattr(pipe, "scheduler", None), "order", 1)))
 
 
 def _warm_up(pipe: Any, short: Settings) -> None:
