@@ -16,7 +16,7 @@ import torch
 
 import dittools
 from dittools.call import AttentionCall
-from dittools.errors import AttachError, PlanError, UnknownMethod, UnsupportedCall
+from dittools.errors import AttachError, InputError, PlanError, UnknownMethod, UnsupportedCall
 from dittools.kernels import Backend
 from dittools.mask import BlockMask
 from dittools.methods import build
@@ -205,6 +205,26 @@ def test_a_method_that_keeps_every_pair_and_changes_the_scores_says_so(
         assert report.calls["sparse"] == 0
         assert torch.equal(found, stock) == is_same
         assert any("the scores" in note for note in report.notes) != is_same
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        ({"dense_steps": 0.25}, "first 25% of the steps"),
+        ({"dense_steps": 1, "dense_last_steps": 2}, "first step, last 2 steps"),
+        ({"dense_layers": 99}, "first 99 layers"),
+        ({}, ""),
+    ],
+)
+def test_the_report_says_what_the_schedule_keeps_dense(
+    pipe: Any, schedule: dict[str, Any], words: str
+) -> None:
+    """A run that is dense by its schedule has no other reason to give."""
+    with attach(pipe, Zeros(), recorder=False, **schedule) as handle:
+        run(pipe)
+        rows = str(handle.report()).splitlines()
+    found = [row.split(maxsplit=1)[1] for row in rows if row.startswith("schedule ")]
+    assert found == ([f"dense: {words}"] if words else [])
 
 
 def test_a_share_gives_few_step_models_their_dense_step(pipe: Any) -> None:
@@ -567,6 +587,8 @@ def test_bad_targets_and_names_say_what_would_do(pipe: Any) -> None:
         attach(pipe, "dense", backend="gpu")
     with pytest.raises(PlanError, match="a method name"):
         attach(pipe, 3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="check_finite is not usable; expected True or False"):
+        attach(pipe, "dense", check_finite="no")  # type: ignore[arg-type]
     with pytest.raises(AttachError, match="neither a diffusers pipeline"):
         attach(object(), "dense")
     with pytest.raises(AttachError, match=r"no denoiser.*wan"):

@@ -171,6 +171,10 @@ def attach(
         if guidance is not None:
             raise InputError("guidance is given twice", remedy="a plan or method beside guidance=")
         guidance, plan = plan, "dense"
+    if not isinstance(check_finite, bool):
+        raise InputError(
+            "check_finite is not usable", expected="True or False", got=repr(check_finite)
+        )
     if exchange not in EXCHANGES:
         raise InputError("unknown exchange", expected=" or ".join(EXCHANGES), got=repr(exchange))
     flight = recorder_of(recorder)

@@ -111,6 +111,7 @@ class Report:
         rows = [
             ("method", self.method),
             ("settings", self.preset),
+            *((("schedule", f"dense: {words}"),) if (words := _schedule(self.schedule)) else ()),
             ("model", self.family),
             ("density", f"{self.density:.3f} overall, {self.sparse_density:.3f} in sparse calls"),
             ("calls", calls),
@@ -154,6 +155,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _schedule(found: dict[str, float | int]) -> str:
+    """Say which steps and layers a schedule keeps dense, "" for none."""
+    names = {"dense_first_steps": "first", "dense_last_steps": "last", "dense_layers": "first"}
+    parts = []
+    for name, end in names.items():
+        amount, unit = found[name], name.rsplit("_", 1)[1]
+        if isinstance(amount, float) and amount:
+            parts.append(f"{end} {100 * amount:.3g}% of the {unit}")
+        elif amount:
+            parts.append(f"{end} {amount} {unit}" if amount > 1 else f"{end} {unit[:-1]}")
+    return ", ".join(parts)
 
 
 def _some(sites: list[str]) -> str:
