@@ -246,6 +246,49 @@ def test_work_of_a_bench_scales_with_the_steps(measured: tuple[Path, dict[str, A
     assert six.other["vae"] == two["other"]["vae"]
 
 
+def test_cases_of_one_name_are_refused_not_dropped(tmp_path: Path) -> None:
+    from dittools.commands.bench import _targets
+    from dittools.plans import Plan
+
+    def plan(name: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Plan().save(path)
+        return path
+
+    one, two = plan("a/mine.json"), plan("b/mine.json")
+    assert set(_targets(["gna", "dense"], [one])) == {"gna", "mine"}
+    spaced = [plan("a/my plan.json"), plan("a/my_plan.json")]  # their clips would be one file
+    for methods, plans in (
+        (None, [one, two]),
+        (["gna"], [plan("gna.json")]),
+        (["gna"], [plan("dense.json")]),
+        (None, spaced),
+    ):
+        with pytest.raises(InputError, match="two cases have one name"):
+            _targets(methods, plans)
+
+
+def test_a_method_that_loses_is_said_to_lose() -> None:
+    from dittools.commands.bench import verdicts
+
+    def case(name: str, *times: float) -> dict[str, Any]:
+        return {"name": name, "speedup": Spread.of(times).to_dict()}
+
+    cases = [
+        case("dense", 1.0, 1.0),
+        case("fast", 1.2, 1.3, 1.4),
+        case("same", 0.98, 1.01, 1.03),
+        case("slow", 0.7, 0.8, 0.9),
+        case("once", 0.5),
+    ]
+    assert verdicts({"cases": cases}) == [
+        "same is not faster than dense beyond the spread: 1.01 (0.99-1.02)",
+        "slow is slower than dense here: speed-up 0.80 (0.74-0.86)",
+        "once is slower than dense here: speed-up 0.50 (0.50-0.50)",
+    ]
+
+
 # -- the results file
 
 

@@ -455,6 +455,9 @@ def test_lpips_is_zero_for_equals_and_grows_with_noise(tmp_path: Path) -> None:
     noise = torch.randn_like(images)
     row = [float(distance(images, (images + s * noise)).mean()) for s in (0.02, 0.1, 0.4)]
     assert 0 < row[0] < row[1] < row[2]
+    assert float(distance(images[:1, :, :31], noise[:1, :, :31])) > 0
+    with pytest.raises(InputError, match=r"too small for LPIPS; .*31 pixels"):
+        distance(images[:, :, :30], noise[:, :, :30])
 
 
 def test_folders_with_wrong_files_are_named(dino: Path, clip_folder: Path, tmp_path: Path) -> None:

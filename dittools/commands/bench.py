@@ -121,6 +121,7 @@ def compare(
 
 
 def _targets(methods: list[str] | None, plans: list[Path] | None) -> dict[str, Any]:
+    from dittools.commands.latency import clip_name
     from dittools.methods import preset
     from dittools.pipelines.session import DEFAULT_METHOD
     from dittools.plans import Plan
@@ -129,9 +130,14 @@ def _targets(methods: list[str] | None, plans: list[Path] | None) -> dict[str, A
     for name in methods or ([] if plans else [DEFAULT_METHOD]):
         preset(name, "")  # an unknown name fails before anything is loaded
         found[name] = name
-    for path in plans or []:
-        found[path.stem] = Plan.load(path)
     found.pop("dense", None)  # always measured
+    for path in plans or []:
+        taken = {clip_name(name) for name in (*found, "dense")}
+        if clip_name(path.stem) in taken:  # its clip and its row would stand for both
+            raise InputError(
+                "two cases have one name", got=str(path), remedy="another name for the plan file"
+            )
+        found[path.stem] = Plan.load(path)
     if not found:
         raise InputError("no case to measure beside dense", remedy="--method gna")
     return found
@@ -177,6 +183,21 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """Return a sentence for every case that its runs do not show to be faster than dense."""
+    found = []
+    for case in results["cases"]:
+        ratio = case["speedup"]
+        spread = f"{ratio['median']:.2f} ({ratio['p20']:.2f}-{ratio['p80']:.2f})"
+        if case["name"] == "dense" or ratio["p20"] > 1:
+            continue
+        if ratio["p80"] < 1:
+            found.append(f"{case['name']} is slower than dense here: speed-up {spread}")
+        else:
+            found.append(f"{case['name']} is not faster than dense beyond the spread: {spread}")
+    return found
+
+
 def _print(results: dict[str, Any], out: Path) -> None:
     from dittools.commands.terminal import console
 
@@ -185,6 +206,8 @@ def _print(results: dict[str, Any], out: Path) -> None:
     for number, heading in enumerate(HEADINGS[1:], 1):
         table.add_row(heading, *(column[number] for column in columns))
     console.print(table)
+    for sentence in verdicts(results):
+        console.print(sentence, markup=False, highlight=False)
     for name, floor in results["floors"].items():
         console.print(
             f"floor, {name}: PSNR {floor['psnr_db']:.1f} dB, SSIM {floor['ssim']:.3f}",

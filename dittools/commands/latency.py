@@ -238,9 +238,14 @@ def _prompt_score(bench: Bench, run: Run) -> dict[str, Any] | None:
     return dict(score_clip(run.frames, bench.settings.prompt).to_dict())
 
 
+def clip_name(case: str) -> str:
+    """Return the name of a case as its clip is called, without the ending."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in case)
+
+
 def _write(out: Path, name: str, run: Run) -> str:
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return str(write_clip(out / "clips" / f"{safe}.mp4", run.frames, FPS).relative_to(out))
+    clip = out / "clips" / f"{clip_name(name)}.mp4"
+    return str(write_clip(clip, run.frames, FPS).relative_to(out))
 
 
 def _run(bench: Bench) -> dict[str, Any]:

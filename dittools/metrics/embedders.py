@@ -26,6 +26,7 @@ MEANS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
 BATCH = 16  # frames
+LPIPS_LEAST_SIDE = 31  # pixels; AlexNet's second pool has nothing to choose from below
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def load_lpips(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     Args:
         folder: holds a file whose name begins with "alexnet" (torchvision's weights).
     Raises:
-        InputError: the file is absent or is no AlexNet.
+        InputError: the file is absent or is no AlexNet; also raised for images below 31 pixels.
     """
     found = sorted([*_folder(folder).glob("alexnet*.pth"), *folder.glob("alexnet*.safetensors")])
     if not found:
@@ -169,6 +170,12 @@ def load_lpips(folder: Path) -> Callable[[torch.Tensor, torch.Tensor], torch.Ten
     linear = _lpips_linear(folder)
 
     def distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        if min(first.shape[2:]) < LPIPS_LEAST_SIDE:
+            raise InputError(
+                "frames are too small for LPIPS",
+                expected=f"sides of {LPIPS_LEAST_SIDE} pixels or more",
+                got=f"{first.shape[3]} x {first.shape[2]}",
+            )
         total = torch.zeros(len(first))
         with torch.no_grad():
             pairs = zip(_alexnet(first, layers), _alexnet(second, layers), linear, strict=True)
