@@ -6,7 +6,7 @@ from typing import Any
 from dittools.searching.candidates import Candidate
 from dittools.searching.probe import BRANCHES, CHUNK
 from dittools.searching.request import Request
-from dittools.searching.run import BLENDS, JOINT_BLENDS, LOOKERS, looks_first, prepare
+from dittools.searching.run import LOOKERS, blends_of, looks_first, prepare
 from dittools.searching.scout import Facts
 from dittools.searching.weigh import sampled_layers
 
@@ -66,13 +66,14 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     layers = sampled_layers(
         facts.model.layers, budget.sensitivity, request.constraints.dense_layers
     )
-    joint = len(JOINT_BLENDS) if any(c.together for c in candidates) else 0
+    apart, together = blends_of(request)
+    plans = len(apart) + len(together) * any(c.together for c in candidates)
     singles = min(budget.points, len(candidates) - 1)
     generations = {
         "dense": calibration + held_out,
         "calibration": calibration,
         "sensitivity": len(layers) + min(ranges, facts.steps),
-        "weights": (len(BLENDS) + joint + budget.branches) * calibration,
+        "weights": (plans + budget.branches) * calibration,
         "verification": budget.rounds * held_out,
         "single methods": singles * held_out,
     }

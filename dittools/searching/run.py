@@ -28,12 +28,17 @@ from dittools.searching.verify import Goal, Trial, Verdict, Verifier
 from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_layers
 
 Report = Callable[[str, int, int], None]
+Blends = tuple[tuple[float, float], ...]
 # shares of the measured weights between layers, and between parts of the run, the rest flat: as
 # measured, and half-way, should the few generations they were measured on mislead
-BLENDS = ((1.0, 1.0), (0.5, 0.5))
+BLENDS: Blends = ((1.0, 1.0), (0.5, 0.5))
 # the same where all heads of a layer keep to one method that shares out its blocks itself: what a
 # head needs differs from prompt to prompt, what a layer needs less
-JOINT_BLENDS = ((1.0, 1.0),)
+JOINT_BLENDS: Blends = ((1.0, 1.0),)
+# for a speed-up, where choosing well takes too long and errors are large: those of a layer or step
+# that weighs much are soon as harmful as errors can be, and flat weights often do better
+FAST_BLENDS: Blends = (*BLENDS, (0.0, 0.0))
+FAST_JOINT_BLENDS: Blends = ((0.0, 0.0),)
 NEAR = 0.03  # a single method that costs another share of dense does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
@@ -169,17 +174,16 @@ def run(
     sites = sites_for(
         facts, request.ranges, budget.rows, budget.steps_per_range, request.settings.seed
     )
-    table = calibrated(bench, request, facts, candidates, sites)
     device = torch.device(getattr(pipe, "device", "cpu"))
     costs = cost_table(store, facts, candidates, backend, device)
-    first = Solver(
-        table,
-        flat_weights(table),
-        costs,
-        request.constraints,
-        facts.model,
-        by_time=request.target == "speedup",
-    )
+    by_time = request.target == "speedup"
+
+    def solver_of(table: Table) -> Solver:
+        weight = flat_weights(table)
+        return Solver(table, weight, costs, request.constraints, facts.model, by_time)
+
+    table = calibrated(bench, request, facts, candidates, sites, lambda t: solver_of(t).prices())
+    first = solver_of(table)
     start = _start(first, request)
     sensitivity = _sensitivity(bench, first, request, facts, start)
     solver, predictor, blend, tried = _best_blend(bench, first, sensitivity, request, start)
@@ -199,9 +203,16 @@ def looks_first(request: Request, candidates: list[Candidate]) -> bool:
 
 
 def calibrated(
-    bench: Bench, request: Request, facts: Facts, candidates: list[Candidate], sites: Sites
+    bench: Bench,
+    request: Request,
+    facts: Facts,
+    candidates: list[Candidate],
+    sites: Sites,
+    prices: Callable[[Table], torch.Tensor] = Table.executed,
 ) -> Table:
-    """Return the table of errors: a short look at all candidates, a longer one at the best."""
+    """Return the table of errors: a short look at all candidates, a longer one at the best for
+    what they cost.
+    """
     scouted, active = None, None
     if looks_first(request, candidates):
         rows = max(1, request.budget.rows // 2)
@@ -211,7 +222,7 @@ def calibrated(
             request.calibration[:1], brief, candidates, facts, None, parts=LOOKERS
         )
         scouted = merge(first, candidates, brief)
-        active = survivors(scouted)
+        active = survivors(scouted, prices(scouted))
     results = bench.calibrate(request.calibration, sites, candidates, facts, request.carry, active)
     return merge(results, candidates, sites, scouted, active)
 
@@ -269,6 +280,13 @@ def _start(solver: Solver, request: Request) -> float:
     return max(start, 0.0)
 
 
+def blends_of(request: Request) -> tuple[Blends, Blends]:
+    """Return the blends to compare, of plans by head and of plans by layer."""
+    if request.target == "speedup":
+        return FAST_BLENDS, FAST_JOINT_BLENDS
+    return BLENDS, JOINT_BLENDS
+
+
 def _best_blend(
     bench: Bench, first: Solver, sensitivity: Sensitivity, request: Request, start: float
 ) -> tuple[Solver, Predictor, tuple[float, float], dict[str, float]]:
@@ -289,11 +307,12 @@ def _best_blend(
             return
         solvers[name], names[name] = solver, shares
 
-    for shares in BLENDS:
+    apart, together = blends_of(request)
+    for shares in apart:
         offer(shares, first.table, "")
     joint = first.table.joint()
     if joint is not None:
-        for shares in JOINT_BLENDS:
+        for shares in together:
             offer(shares, joint, ", heads together")
     tried = _compare(bench, solvers, request, start)
     best = max(solvers, key=lambda name: tried[name])

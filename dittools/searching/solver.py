@@ -122,6 +122,13 @@ class Solver:
         steps = self.table.range_weight()
         return (self._prices[1] * (steps / (steps.sum() * layers))[:, None]).repeat(layers, 1)
 
+    def prices(self) -> torch.Tensor:
+        """Return float64 [L, P, H, C]: what the budget counts, of a candidate all heads use."""
+        if not self.by_time:
+            return self.table.executed()
+        times, using = self._prices
+        return times + using[None, :, None] / self.table.shape[2]
+
     def solve(self, budget: float) -> Solution:
         """Return the best plan that works through at most the budget of pairs (or of time).
 

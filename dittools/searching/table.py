@@ -252,7 +252,7 @@ def problem_of(
     )
 
 
-def survivors(table: Table, most: int = 30) -> list[int]:
+def survivors(table: Table, cost: torch.Tensor | None = None, most: int = 30) -> list[int]:
     """Return the candidates that would be first or second choice of some head at some price.
 
     Of those that heads use together, the first choice of some layer counts for all its heads.
@@ -263,11 +263,13 @@ def survivors(table: Table, most: int = 30) -> list[int]:
 
     Args:
         table: of a first look.
+        cost: [L, P, H, C] of each candidate, as a share of dense; by default the share of pairs
+            worked through.
         most: the number kept; those chosen most often stay.
     """
     seen = table.seen().flatten()
     loss = (table.error * flat_weights(table)[..., None]).flatten(0, 1)[seen].flatten(0, 1)
-    cost = table.executed().flatten(0, 1)[seen].flatten(0, 1)
+    cost = (table.executed() if cost is None else cost).flatten(0, 1)[seen].flatten(0, 1)
     loss = torch.where(torch.isfinite(loss), loss, float("inf"))
     votes = torch.zeros(loss.shape[1], dtype=torch.int64)
     heads = table.shape[2]
