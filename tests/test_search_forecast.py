@@ -1,6 +1,7 @@
 """Forecasts from kernel times, configs and a toy pipeline; the three commands' bad input."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,32 @@ def test_layers_can_be_taken_out_of_any_rule() -> None:
     left = without_layers(plan, (1,), 3)
     assert [rule.layers for rule in left.rules] == [(0, 2), (2,)]
     assert without_layers(plan, (), 3) is plan
+    named = Plan((Rule(GNA, layers=("b.1",)), Rule(GNA, layers=("b.0", 2))))
+    left = without_layers(named, (1, 2), 3, ("b.0", "b.1", "b.2"))
+    assert [rule.layers for rule in left.rules] == [(0,)]
 
 
 def test_methods_that_choose_in_the_run_are_named() -> None:
     found = predict(LOAD, Plan.of(build("vmoba")), flops_table(GRID, 4, 64))
     assert "vmoba chooses in the run" in found.unknown[0]
+
+
+def test_what_a_search_measured_is_taken_from_the_plan() -> None:
+    plan = replace(Plan.of(build("vmoba")), measured={"densities": {"vmoba()": [0.4, 0.5]}})
+    found = predict(LOAD, plan, flops_table(GRID, 4, 64))
+    assert found.density == pytest.approx(0.4)
+    assert found.attention_speedup == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    "densities",
+    [None, [1], "x", {"vmoba()": "b"}, {"vmoba()": []}, {"vmoba()": [5, -3]}, {"vmoba()": [1]}],
+    ids=str,
+)
+def test_malformed_measurements_in_a_plan_are_one_line(densities: Any) -> None:
+    plan = replace(Plan.of(build("vmoba")), measured={"densities": densities})
+    with pytest.raises(PlanError, match="what the plan says was measured is malformed; expected"):
+        predict(LOAD, plan, flops_table(GRID, 4, 64))
 
 
 def test_a_config_is_counted_in_multiply_adds() -> None:

@@ -225,7 +225,7 @@ def predict(
         losing,
         tuple(pricer.unknown),
         tuple(found),
-        without_layers(plan, losing, load.layers),
+        without_layers(plan, losing, load.layers, load.paths),
     )
 
 
@@ -261,17 +261,26 @@ def _left_dense(layer: LayerForecast) -> LayerForecast:
     return replace(layer, density=1.0, computed=1.0, attention_speedup=1.0)
 
 
-def without_layers(plan: Plan, layers: tuple[int, ...], count: int) -> Plan:
-    """Return the plan with some layers left dense."""
+def without_layers(
+    plan: Plan, layers: tuple[int, ...], count: int, paths: tuple[str, ...] = ()
+) -> Plan:
+    """Return the plan with some layers left dense.
+
+    Args:
+        plan: whose rules may name layers by number or by module path.
+        layers: to leave dense.
+        count: layers of the model.
+        paths: module path of every layer, where known.
+    """
     if not layers:
         return plan
     rules: list[Rule] = []
     for rule in plan.rules:
-        if rule.layers == "all":
-            kept: tuple[int | str, ...] = tuple(n for n in range(count) if n not in layers)
-        else:
-            kept = tuple(n for n in rule.layers if n not in layers)
-        if kept:
+        covered = [n for n in range(count) if rule.covers_layer(n, paths[n] if paths else "")]
+        kept = tuple(n for n in covered if n not in layers)
+        if len(kept) == len(covered):
+            rules.append(rule)
+        elif kept:
             rules.append(replace(rule, layers=kept))
     return replace(plan, rules=tuple(rules))
 

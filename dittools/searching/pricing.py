@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from dittools.errors import PlanError
 from dittools.grid import TokenGrid
 from dittools.methods import GridMethod, Method
 from dittools.plans import Plan
 from dittools.plans.phrase import phrase
 from dittools.plans.plan import HeadRule
+from dittools.reading import misfit
 from dittools.searching.cost import DEFAULT_BLOCK, CostTable
 
 
@@ -103,9 +105,11 @@ class Pricer:
             costs: kernel times and groups.
             may_decline: the backend runs dense by itself where that is faster, as "auto" does.
             seen: what methods kept in a short run; None goes by what they are asked for.
+        Raises:
+            PlanError: the densities measured for the plan are malformed.
         """
         self.load, self.plan, self.costs, self.may_decline = load, plan, costs, may_decline
-        self.seen = seen
+        self.seen, self._measured = seen, _densities(plan)
         self.unknown: dict[str, None] = {}
         self._shares: dict[int, tuple[float, float]] = {}  # by id: the plan keeps them alive
         self._phrases: dict[int, str] = {}
@@ -206,13 +210,33 @@ class Pricer:
         if is_fixed(method):
             mask = method.mask(self.load.grid)  # type: ignore[attr-defined]
             return mask.density, mask.computed
-        known = self.plan.measured.get("densities", {}).get(phrase(method))
+        known = self._measured.get(phrase(method))
         if known is not None:
-            return float(known[0]), float(known[1])
+            return known
         nominal = getattr(method, "density", None)
         density = float(nominal) if isinstance(nominal, float) else 1.0
         self.unknown[f"{method.name} chooses in the run ({density:.2f} assumed)"] = None
         return density, density
+
+
+def _densities(plan: Plan) -> dict[str, tuple[float, float]]:
+    """Return density and share of blocks by method, as a search wrote them into a plan.
+
+    Either may exceed 1: pooled keys and exact rows count too.
+    """
+    given = plan.measured.get("densities", {})
+    wrong = misfit(given, {"*": [float]}, "densities")
+    if not wrong:
+        bad = [n for n, v in given.items() if len(v) != 2 or not 0 <= min(v) <= max(v) <= 4]
+        wrong = f"{given[bad[0]]} for {bad[0]}" if bad else ""
+    if wrong:
+        raise PlanError(
+            "what the plan says was measured is malformed",
+            expected="densities: a density and a share of blocks for each method",
+            got=wrong,
+            remedy="the plan as the search wrote it, or without `measured`",
+        )
+    return {name: (float(pair[0]), float(pair[1])) for name, pair in given.items()}
 
 
 def is_fixed(method: Method) -> bool:
