@@ -348,11 +348,25 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_named_folders_turn_proxies_into_vbenchs_definition(dino: Path, clip_folder: Path) -> None:
+def test_named_folders_turn_proxies_into_vbenchs_definition(
+    dino: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With VBench's networks; of another size they are stand-ins like any other, and say so."""
     weights = vbench.Weights(dino=dino, clip=clip_folder, aesthetic=clip_folder)
+    names = ("subject_consistency", "background_consistency", "aesthetic_quality")
+    wanted = ("vit, dino (VBench: DINO ViT-B/16)", "ViT-B/32)", "ViT-L/14) and its linear head")
+    small = vbench.measure_clips([clip(scene(frames=3))], weights)
+    for name, words in zip(names, wanted, strict=True):
+        assert small[name].kind == "proxy"
+        assert small[name].how.endswith(words)
+    sizes = {"dino": (32, 16, 2), "clip": (32, 32, 1), "aesthetic": (32, 32, 1)}
+    known = {key: (row[0], sizes[key], row[2]) for key, row in vbench.NETWORKS.items()}
+    monkeypatch.setattr(vbench, "NETWORKS", known)
     found = vbench.measure_clips([clip(scene(frames=3))], weights)
-    for name in ("subject_consistency", "background_consistency", "aesthetic_quality"):
+    for name in names:
         assert found[name].kind == "vbench", name
+        assert "VBench" not in found[name].how
+        assert found[name].value == small[name].value
     assert 0 < found["subject_consistency"].value <= 1
     vectors = embedders.load_embedder(clip_folder, "clip")(scene(frames=3))
     assert found["aesthetic_quality"].value == pytest.approx((vectors.sum(1).mean() + 5) / 10)

@@ -38,12 +38,14 @@ class Embedder:
         name: model type and folder name, for tables.
         forward: normalised images [N, 3, H, W] -> [N, D].
         antialias: whether frames are made smaller as Pillow does; VBench does not.
+        size: hidden width, patch side and layers.
     """
 
     family: str
     name: str
     forward: Callable[[torch.Tensor], torch.Tensor]
     antialias: bool = False
+    size: tuple[int, int, int] = (0, 0, 0)
 
     def __call__(self, pixels: Pixels) -> npt.NDArray[np.float64]:
         """Return unit vectors [frames, D] of uint8 frames [F, H, W, 3]."""
@@ -104,7 +106,9 @@ def load_embedder(folder: Path, family: str, *, antialias: bool = False) -> Embe
         assert isinstance(vectors, torch.Tensor)
         return vectors
 
-    return Embedder(family, f"{kind}, {folder.name}", forward, antialias)
+    config = model.config
+    size = (config.hidden_size, config.patch_size, config.num_hidden_layers)
+    return Embedder(family, f"{kind}, {folder.name}", forward, antialias, size)
 
 
 def _dino_positions(embeddings: Any, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -3,9 +3,10 @@
 Source: VBench, arXiv:2311.17982, and the package `vbench` 0.1.5. Temporal flickering needs no
 network and is VBench's own number. Subject consistency (DINO), background consistency (CLIP) and
 aesthetic quality (CLIP and a linear head) are VBench's definition when the user names a folder of
-weights. Where a network is absent a weight-free stand-in is computed and marked "proxy"; a proxy
-and a true value never share a column. Difference: VBench's static-clip filter before temporal
-flickering is left to the user, as in its custom_input mode.
+weights. Where a network is absent a weight-free stand-in is computed and marked "proxy", and so is
+a network of another size, such as DINOv2; a proxy and a true value never share a column.
+Difference: VBench's static-clip filter before temporal flickering is left to the user, as in its
+custom_input mode.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from dittools.errors import InputError
 from dittools.metrics import proxies
 from dittools.metrics.clips import Clip
-from dittools.metrics.embedders import Embedder, load_aesthetic_head, load_embedder
+from dittools.metrics.embedders import CLIP_TYPES, Embedder, load_aesthetic_head, load_embedder
 
 DIMENSIONS = (
     "subject_consistency",
@@ -30,6 +31,12 @@ DIMENSIONS = (
     "aesthetic_quality",
     "imaging_quality",
 )
+# what VBench loads: its name; hidden width, patch side and layers; how its config calls it
+NETWORKS = {
+    "dino": ("DINO ViT-B/16", (768, 16, 12), ("vit",)),
+    "clip": ("CLIP ViT-B/32", (768, 32, 12), CLIP_TYPES),
+    "aesthetic": ("CLIP ViT-L/14", (1024, 14, 24), CLIP_TYPES),
+}
 Features = npt.NDArray[np.float64]
 NO_PAIR = "needs two frames or more"
 
@@ -206,7 +213,7 @@ def dynamic_degree(frames: npt.NDArray[np.uint8], fps: float) -> bool:
 def _consistency(folder: Path | None, family: str) -> tuple[str, str, Measure]:
     if folder is not None:
         embedder: Embedder = load_embedder(folder, family)
-        kind, how, features = "vbench", embedder.name, embedder.__call__
+        (kind, how), features = _named(embedder, family), embedder.__call__
     elif family == "dino":
         kind, how = "proxy", "colour histogram (VBench: DINO ViT-B/16)"
         features = proxies.colour_histogram
@@ -239,4 +246,13 @@ def _aesthetic(folder: Path | None) -> tuple[str, str, Measure | None]:
     embedder = load_embedder(folder, "clip")
     width = embedder(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
     head = load_aesthetic_head(folder, width)
-    return "vbench", f"{embedder.name} and its linear head", lambda c: head(embedder(c.pixels))
+    kind, how = _named(embedder, "aesthetic")
+    return kind, f"{how} and its linear head", lambda c: head(embedder(c.pixels))
+
+
+def _named(embedder: Embedder, use: str) -> tuple[str, str]:
+    """Return the kind and name of a dimension whose network the user named."""
+    name, size, types = NETWORKS[use]
+    if embedder.size == size and embedder.name.startswith(tuple(f"{t}," for t in types)):
+        return "vbench", embedder.name
+    return "proxy", f"{embedder.name} (VBench: {name})"
