@@ -134,6 +134,32 @@ def test_heads_that_keep_together_are_kept_in_mind_and_searched_alone() -> None:
         assert rule.heads == "all"
 
 
+def test_what_is_dear_in_time_does_not_survive_a_search_for_a_speedup() -> None:
+    """Cheap by pairs and nearly free of error, but it takes long to choose."""
+    names = candidates_for(GRID, ["gna", "sparse_vdit", "vmoba"])
+    table = _seen(names)
+    slow = [n for n, c in enumerate(table.candidates) if c.method.name == "vmoba"]
+    table.error[..., slow] *= 1e-3
+    assert set(survivors(table)) & set(slow)
+    dear = replace(_solver(table), by_time=True)
+    times, using = (torch.ones_like(t) for t in dear._prices)
+    times[..., :] = table.executed()
+    using[:] = 0.0
+    using[:, slow] = 6.0  # per layer, so 3 per head, next to 1 of dense
+    dear.__dict__["_prices"] = (times, using)
+    assert torch.allclose(dear.prices()[..., slow], table.executed()[..., slow] + 3.0)
+    kept = survivors(table, dear.prices())
+    assert kept
+    assert not set(kept) & set(slow)
+    assert torch.equal(replace(dear, by_time=False).prices(), table.executed())
+
+
+def test_one_threshold_for_all_heads_is_a_candidate_of_whole_layers() -> None:
+    found = candidates_for(GRID, ["paro"])
+    assert {c.method.per_head for c in found[1:]} == {True, False}  # type: ignore[attr-defined]
+    assert all(c.together != c.method.per_head for c in found[1:])  # type: ignore[attr-defined]
+
+
 def test_layers_and_ranges_are_told_apart_by_one_generation_each() -> None:
     generator = torch.Generator().manual_seed(0)
     error, layer, part = (

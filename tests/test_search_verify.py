@@ -250,6 +250,8 @@ def test_a_search_for_a_speedup_says_what_generations_took(
     assert len(found.frontier["trials"]) > 1, "relaxed, or tightened"
     scores = [s["held_out"] for s in found.frontier["singles"] if s["held_out"]]
     assert [s["speedup"] for s in scores] == pytest.approx([realised], abs=1e-4)
+    compared = found.frontier["weights"]["calibration_psnr_db"]
+    assert "0 of layers, 0 of steps" in compared, "flat weights"
     report = (tmp_path / "report.html").read_text()
     assert ">speed-up<" in report
     assert "speed-up of a whole generation" in report
