@@ -272,3 +272,29 @@ def test_a_login_is_asked_for_where_one_is_set(browser: Any, tmp_path: Path) -> 
         except urllib.error.HTTPError as error:
             answer = error.code
         assert answer in (401, 403)
+
+
+# WCAG 2: relative luminance of what an element shows its text in and stands on, and their ratio
+CONTRAST = """
+(e) => {
+  const numbers = (c) => c.match(/[\\d.]+/g).map(Number);
+  const light = (c) => numbers(c).slice(0, 3).map((v) => v / 255)
+    .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  let below = e;
+  const fill = (x) => getComputedStyle(x).backgroundColor;
+  while (below.parentElement && numbers(fill(below))[3] === 0) below = below.parentElement;
+  const [a, b] = [light(getComputedStyle(e).color), light(fill(below))];
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+}
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(browser: Any, address: str, scheme: Any) -> None:
+    page = open_page(browser, address, color_scheme=scheme)
+    places = ["#gen-start", "[role=tab][aria-selected=true]", ".dt-empty", "#dt-brand p"]
+    places.append("#dt-model [data-testid=block-info] ~ *")
+    found = {place: page.locator(place).first.evaluate(CONTRAST) for place in places}
+    assert {place: ratio for place, ratio in found.items() if ratio < 4.5} == {}
+    page.close()
