@@ -1,6 +1,7 @@
 """What a search looks at where calls are not all alike: sizes, batches, steps, refused methods."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,17 +9,20 @@ import torch
 from diffusers import HeunDiscreteScheduler
 
 from dittools.call import AttentionCall
-from dittools.errors import InputError
+from dittools.cli import main
+from dittools.errors import InputError, PlanError
 from dittools.grid import TokenGrid
 from dittools.kernels import load
 from dittools.methods import build
 from dittools.pipelines.generate import Settings
 from dittools.pipelines.tiny import build as tiny
 from dittools.pipelines.tiny import settings_for
-from dittools.plans import ModelFacts
+from dittools.plans import ModelFacts, Plan
 from dittools.searching.atlas import BANDS
 from dittools.searching.candidates import Candidate, candidates_for, measured
 from dittools.searching.gradient import Tap
+from dittools.searching.inspect import atlas
+from dittools.searching.measure import Bench
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import sample_rows
@@ -200,3 +204,24 @@ def test_a_pipeline_that_cannot_make_one_step_is_scouted_with_two() -> None:
     assert scout(pipe, Settings(**{**given, "steps": 4})).steps == 4
     with pytest.raises(InputError, match=r"cannot make a run of one step.*more steps"):
         scout(pipe, Settings(**{**given, "steps": 1}))
+
+
+def test_a_plan_that_does_not_fit_the_atlas_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe, given = tiny("pixart"), settings_for("pixart")
+    given.pop("prompt")
+    monkeypatch.setattr(Bench, "calibrate", lambda *_: pytest.fail("measured"))
+    plan = Plan.of(build("gna", {"window": ("full", 2, 2), "stride": 1}))
+    with pytest.raises(PlanError, match="parameters that are no candidate"):
+        atlas(pipe, ["a"], plan=plan, methods=["gna"], **{**given, "steps": 1})
+
+
+def test_a_folder_in_place_of_the_page_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "--model", "tiny/pixart", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is a folder; expected the file of the page; try: another --out" in said

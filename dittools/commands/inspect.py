@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dittools.errors import InputError
+
 Json = Annotated[bool, typer.Option("--json", help="Print the atlas as JSON, for machines.")]
 
 
@@ -49,6 +51,10 @@ def inspect(
 
     texts = [prompt] if prompts is None else read_prompts(prompts)
     chosen = None if plan is None else Plan.load(plan)
+    if out.is_dir():
+        raise InputError(
+            f"{out} is a folder", expected="the file of the page", remedy="another --out"
+        )
     check_writable(out.parent)
     if dry_run:
         console.print("options and plan are usable", markup=False, highlight=False)

@@ -12,9 +12,11 @@ from dittools.methods import to_params
 from dittools.patches import detach
 from dittools.plans import Plan
 from dittools.searching.api import default_work, make_request
+from dittools.searching.candidates import Candidate
 from dittools.searching.frontier import atlas_of
 from dittools.searching.measure import Bench, sites_for
 from dittools.searching.page import ATLAS_SCRIPT, atlas_body, document
+from dittools.searching.probe import Sites
 from dittools.searching.request import DEFAULT_RANGES, Budget, budget_of
 from dittools.searching.run import Report, prepare, work_folder
 from dittools.searching.scout import named_backend
@@ -69,11 +71,14 @@ def atlas(
     store = Store(work_folder(pipe, work, backend), progress)
     limits = request.budget
     sites = sites_for(facts, ranges, limits.rows, limits.steps_per_range, request.settings.seed)
+    choice = _choice(
+        plan, candidates, sites, facts.model.paths
+    )  # a plan that does not fit ends here
     results = Bench(pipe, store, backend).calibrate(
         request.calibration, sites, candidates, facts, None
     )
     table = merge(results, candidates, sites)
-    found = atlas_of(table, choice_of(plan, table, facts.model.paths))
+    found = atlas_of(table, choice)
     model = facts.model
     found["model"] = {
         "class": model.class_name,
@@ -92,15 +97,21 @@ def choice_of(plan: Plan | None, table: Table, paths: tuple[str, ...]) -> torch.
     Raises:
         PlanError: it runs something that is no candidate.
     """
-    layers, ranges, heads = table.shape
+    return _choice(plan, table.candidates, table.sites, paths)
+
+
+def _choice(
+    plan: Plan | None, candidates: Sequence[Candidate], sites: Sites, paths: tuple[str, ...]
+) -> torch.Tensor:
+    layers, ranges, heads = sites.layers, len(sites.ranges) - 1, sites.heads
     branches = ("cond", "uncond") if plan is not None and plan.needs_branch else ("",)
     choice = torch.zeros((layers, ranges, len(branches), heads), dtype=torch.int64)
     if plan is None:
         return choice.flatten()
-    names = {_key(c.method): n for n, c in enumerate(table.candidates)}
-    steps = table.sites.steps
+    names = {_key(c.method): n for n, c in enumerate(candidates)}
+    steps = sites.steps
     for layer, part, place in product(range(layers), range(ranges), range(len(branches))):
-        inside = [s for s in range(steps) if table.sites.range_of(s) == part]
+        inside = [s for s in range(steps) if sites.range_of(s) == part]
         if not inside:
             continue
         path, branch = paths[layer] if paths else "", branches[place]
