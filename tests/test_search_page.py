@@ -87,3 +87,17 @@ def test_choices_of_single_branches_stay_apart_until_they_are_edited(
     page.click("button[title^='layer 0, head 0']")
     page.locator("#side tr", has_text=found["candidates"][2]["name"]).locator("button").click()
     assert [r.branch for r in _export(page, tmp_path).rules] == ["all"]
+
+
+def test_a_long_list_of_candidates_leaves_room_for_the_heads(
+    browser: Any, found: dict[str, Any], tmp_path: Path
+) -> None:
+    page = _open(browser, found, tmp_path)
+    page.set_viewport_size({"width": 1200, "height": 600})
+    page.click("button[title^='layer 1, head 0']")
+    assert page.locator("#side table").bounding_box()["height"] > 600
+    assert (
+        page.locator("#side").bounding_box()["height"] <= 320
+    )  # half of the window and its padding
+    page.locator("#heads").scroll_into_view_if_needed()
+    assert page.locator("#heads").bounding_box()["y"] < 600

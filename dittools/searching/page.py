@@ -18,7 +18,7 @@ border:2px solid transparent;background:none;color:inherit;cursor:pointer;paddin
 .cell canvas{width:72px;height:72px;image-rendering:pixelated;display:block}
 .cell[aria-pressed=true]{border-color:var(--alt)}.cell.edited{border-color:var(--mark)}
 svg text{font-size:11px;fill:var(--ink)}button,select{font:inherit;color:inherit}
-#side{position:sticky;top:0;background:var(--paper);padding:.5rem 0}
+#side{position:sticky;top:0;background:var(--paper);padding:.5rem 0;max-height:50vh;overflow-y:auto}
 """
 
 ATLAS_SCRIPT = """
