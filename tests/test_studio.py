@@ -134,6 +134,9 @@ def test_errors_become_one_sentence_and_the_engine_goes_on(error: Exception, say
     assert shot.state == "failed"
     assert says in shot.error
     assert "\n" not in shot.error
+    shown = html.progress(shot).removesuffix("</div>").rpartition(">")[2]
+    assert shown[0].isupper()
+    assert shown.endswith(".")
     assert wait(engine, engine.submit("good", "toy", lambda pipe, job: None)) == "done"
 
 

@@ -16,6 +16,11 @@ def notice(text: str) -> str:
     return f'<div class="dt-notice" role="status">{escape(text)}</div>' if text else ""
 
 
+def sentence(text: str) -> str:
+    """Return text as a sentence that starts and ends like one."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
 def empty(text: str) -> str:
     """Return what stands where results will appear."""
     return f'<div class="dt-empty">{escape(text)}</div>'
@@ -39,7 +44,7 @@ def progress(shot: Snapshot, title: str = "") -> str:
     if shot.state == "done":
         return ""
     if shot.state == "failed":
-        return alert(shot.error)
+        return alert(sentence(shot.error))
     if shot.state == "stopped":
         return notice("Stopped. The model is ready for the next run.")
     if shot.state == "waiting":

@@ -216,13 +216,8 @@ def _follow(
     view = _View(only_forecast)
     for outputs, shot, job in follow(context, submit):
         if remarks and outputs[3]:
-            outputs[3] += "".join(html.notice(sentence_of(text)) for text in remarks)
+            outputs[3] += "".join(html.notice(html.sentence(text)) for text in remarks)
         yield [*outputs, *(view.changes(shot, job) if shot else [gr.skip()] * 3)]
-
-
-def sentence_of(text: str) -> str:
-    """Return a remark as a sentence."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 class _View:

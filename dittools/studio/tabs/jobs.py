@@ -81,8 +81,7 @@ def idle() -> list[Any]:
 
 def sentence(error: DitToolsError) -> str:
     """Return an error as a sentence that starts and ends like one."""
-    text = str(error)
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    return html.sentence(str(error))
 
 
 @dataclass(frozen=True)
