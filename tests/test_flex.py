@@ -90,6 +90,10 @@ def test_flex_refuses_with_the_reason() -> None:
     tensor = torch.zeros(1, 5000, 1, 2)
     reasons = FlexBackend(compiled=False).not_supported(AttentionCall(tensor, tensor, tensor, long))
     assert "at most 4096 tokens, got 5000" in reasons[0]
+    graph = replace(call, value=call.value.clone().requires_grad_())
+    assert FlexBackend().not_supported(graph, mask) == ["flex has no backward pass on the CPU"]
+    with torch.no_grad():
+        assert FlexBackend().not_supported(graph, mask) == []
     with pytest.raises(UnsupportedCall, match="no log-sum-exp"):
         FlexBackend(compiled=True).block_sparse(call, mask, return_lse=True)
 

@@ -9,6 +9,7 @@ import torch
 from dittools.call import AttentionCall
 from dittools.errors import InputError, UnknownMethod
 from dittools.grid import TokenGrid
+from dittools.kernels import load
 from dittools.kernels.reference import ReferenceBackend
 from dittools.methods import METHODS, GridMethod, Method, build, preset, to_params
 from dittools.methods.headhunter import HeadHunter
@@ -114,6 +115,23 @@ def test_a_class_names_its_parameters_when_it_is_given_others(name: str) -> None
     for item in known:
         with pytest.raises(UnknownMethod, match=f"try: {item}$"):
             kind(**{item[:-1] + "q": 1})
+
+
+@pytest.mark.parametrize("name", ["radial", "vmoba", "psa", "svg", "svg2", "sparge"])
+def test_gradients_flow_past_what_is_chosen(name: str) -> None:
+    """With its blocks chosen, a method is linear in the values: its gradient says what it does."""
+    call = call_of(TokenGrid(4, 8, 8, 0, 9), batch=1)
+    method, backend = build(name), load("cpu")
+    call = replace(call, query=call.query.requires_grad_())
+    weight, other = torch.randn_like(call.value), torch.randn_like(call.value)
+    value = call.value.clone().requires_grad_()
+    loss = (method.attend(replace(call, value=value), backend) * weight).sum()
+    along, turned = torch.autograd.grad(loss, (value, call.query))
+    with torch.no_grad():
+        there = method.attend(replace(call, value=other), backend)
+    torch.testing.assert_close((along * other).sum(), (there * weight).sum(), rtol=1e-4, atol=1e-3)
+    assert turned.isfinite().all()
+    assert turned.abs().amax() > 0
 
 
 def test_near_misses_are_suggested() -> None:

@@ -62,6 +62,9 @@ class FlexBackend:
             reasons.append(f"flex takes float16, bfloat16 or float32, got {query.dtype}")
         if device == "cuda" and head_dim < 16:
             reasons.append(f"flex needs head_dim of 16 or more on cuda, got {head_dim}")
+        tensors = (query, call.key, call.value)
+        if device == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            reasons.append("flex has no backward pass on the CPU")
         longest = max(query.shape[1], call.key.shape[1])
         if not self._compiles(call) and longest > DENSE_LIMIT:
             reasons.append(

@@ -45,6 +45,7 @@ def drawn_tokens(points: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return points.index_select(1, sent(picked, points.device))
 
 
+@torch.no_grad()
 def kmeans(
     points: torch.Tensor,
     centroids: torch.Tensor,
@@ -163,6 +164,7 @@ def nearest(points: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     return nearest_two(points, centroids, False)[0]
 
 
+@torch.no_grad()
 def nearest_two(
     points: torch.Tensor, centroids: torch.Tensor, second: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

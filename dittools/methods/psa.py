@@ -99,6 +99,7 @@ class PSA:
         return found
 
 
+@torch.no_grad()
 def block_importance(
     query: torch.Tensor,
     key: torch.Tensor,
