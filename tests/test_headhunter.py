@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from dittools.metrics.prompt_score import prompt_margins
 from dittools.metrics.scene import parse
 from dittools.patches import attach
 from dittools.patches.attach import find_targets
+from dittools.patches.batch import Rows
+from dittools.patches.guide import Guide
 from dittools.patches.perturb import HEADWISE, perturb
 from dittools.patches.sites import ORIGINALS, SeamCall
 from dittools.pipelines import tiny
@@ -250,6 +253,27 @@ def test_arithmetic_of_the_paper_by_hand(g: float | None, want: float) -> None:
         forwards = handle.report().forwards
     torch.testing.assert_close(seen.steps[0], torch.full_like(seen.steps[0], want))
     assert forwards == len(seen.steps) * (2 if g is None else 3)
+
+
+def test_rounding_in_half_precision_is_not_multiplied_by_the_guidance_scale() -> None:
+    """Both predictions get the same d, as far as they can hold it."""
+    rough, noise = torch.randn(4, 50_000).bfloat16(), torch.randn(2, 50_000)
+    eps_u, eps_c = rough[0], (rough[0].float() + 0.2 * noise[0]).bfloat16()
+    eps_p = (eps_c.float() + 0.3 * noise[1]).bfloat16()
+    both, g, scale = torch.stack((eps_u, eps_c)), 7.5, 8.0
+    guide: Any = SimpleNamespace(spec=HeadHunter(["L0H0"], scale=scale))
+    (delta,) = Guide._deltas(guide, [both], [eps_p[None]], Rows(2, slice(1, 2), 2, False))
+    plain = scale * (eps_c.float() - eps_p.float())
+    exact = eps_u.double() + g * (eps_c.double() - eps_u.double()) + plain.double()
+
+    def error(d: torch.Tensor) -> float:
+        u, c = ((eps.float() + d).bfloat16().double() for eps in (eps_u, eps_c))
+        return float((u + g * (c - u) - exact).norm() / exact.norm())
+
+    assert error(delta[0]) < 0.75 * error(plain)
+    wide = both.float()
+    (same,) = Guide._deltas(guide, [wide], [eps_p[None]], Rows(2, slice(1, 2), 2, False))
+    assert torch.equal(same[0], plain)
 
 
 FAMILIES = ["wan", "flux", "sd3", "qwen_image", "hunyuan_video15", "pixart", "sdxl", "z_image"]

@@ -122,12 +122,16 @@ class Guide:
     def _deltas(
         self, leaves: Sequence[Any], perturbed: Sequence[Any], rows: Rows
     ) -> list[torch.Tensor]:
-        """Return d of the rows with the prompt, fp32, one per prediction."""
+        """Return d of the rows with the prompt, fp32, one per prediction.
+
+        It is what remains of d once it was added to eps_c and rounded: added to eps_u as well, the
+        part that rounding lost there is not multiplied by g.
+        """
         plain = [leaf for leaf in leaves if _is_prediction(leaf)]
         plain = plain[rows.cond] if rows.is_list else [leaf[rows.cond] for leaf in plain]
         others = [leaf for leaf in perturbed if _is_prediction(leaf)]
         pairs = zip(plain, others, strict=True)
-        return [self.spec.scale * (one.float() - other.float()) for one, other in pairs]
+        return [_difference(one, other, self.spec.scale) for one, other in pairs]
 
     def _known(self, step: int, branch: str) -> list[torch.Tensor]:
         if self._delta is None or self._delta[0] != step:
@@ -295,6 +299,13 @@ def _has_cache_hook(denoiser: torch.nn.Module) -> bool:
 
 def _is_prediction(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def _difference(plain: torch.Tensor, perturbed: torch.Tensor, scale: float) -> torch.Tensor:
+    delta = scale * (plain.float() - perturbed.float())
+    if plain.dtype == torch.float32:
+        return delta
+    return (plain.float() + delta).to(plain.dtype).float() - plain.float()
 
 
 def _tiled(delta: torch.Tensor, copies: int) -> torch.Tensor:
