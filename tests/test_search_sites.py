@@ -1,5 +1,6 @@
 """What a search looks at where calls are not all alike: sizes, batches, steps, refused methods."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dittools.pipelines.generate import Settings
 from dittools.pipelines.tiny import build as tiny
 from dittools.pipelines.tiny import settings_for
 from dittools.plans import ModelFacts, Plan
+from dittools.searching import guidance
 from dittools.searching.atlas import BANDS
 from dittools.searching.candidates import Candidate, candidates_for, measured
 from dittools.searching.gradient import Tap
@@ -27,6 +29,7 @@ from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import sample_rows
 from dittools.searching.scout import scout
+from dittools.searching.store import Store, Unit
 from dittools.searching.table import Table, flat_weights, merge, plan_of, problem_of, survivors
 
 GRID = TokenGrid(3, 6, 6, text_after=5)
@@ -225,3 +228,40 @@ def test_a_folder_in_place_of_the_page_is_refused_at_once(
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "is a folder; expected the file of the page; try: another --out" in said
+
+
+def _full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_under_finished_work_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    monkeypatch.setattr(Path, "write_bytes", _full)
+    said = r"cannot keep finished work in .*; got No space left on device; try: .*--work folder"
+    with pytest.raises(InputError, match=said):
+        store.run("work", [Unit("a", 0, lambda: {"x": torch.ones(1)})])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_under_the_results_of_a_guidance_search_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = guidance.Found(("L0H0",), (), 0.0, 1, Plan(), {})
+    monkeypatch.setattr(guidance, "write_text", _full)
+    with pytest.raises(InputError, match=r"cannot write the results to .*; got No space left"):
+        guidance.write_guidance(None, found, ["a"], tmp_path / "plan.json", with_atlas=False)
+
+
+def test_a_full_disk_under_the_atlas_page_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dittools.searching.inspect.atlas", lambda *_, **__: {})
+    monkeypatch.setattr("dittools.searching.inspect.atlas_page", lambda _: "x")
+    monkeypatch.setattr("dittools.pipelines.output.write_text", _full)
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "--model", "tiny/pixart", "--out", str(tmp_path / "a.html")])
+    assert stopped.value.code == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "a.html; got No space left on device; try: the same command with room" in said

@@ -73,7 +73,14 @@ def inspect(
             progress=step,
             **settings,
         )
-    write_text(out, atlas_page(found))
+    try:
+        write_text(out, atlas_page(found))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {out}",
+            got=error.strerror or str(error),
+            remedy="the same command with room on the disk: finished work is kept",
+        ) from error
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:

@@ -353,6 +353,8 @@ def write_guidance(
         progress: as for the search.
     Returns:
         The files by what they are; empty in all processes but the first.
+    Raises:
+        InputError: the disk is full or the folder cannot be written to; old files stay whole.
     """
     found_profiles: list[HeadProfile] = []
     remark = "it was switched off"
@@ -366,9 +368,16 @@ def write_guidance(
         "report": out.parent / "guidance.html",
     }
     details = {**found.details, "profile": [asdict(one) for one in found_profiles]}
-    write_text(files["guidance"], json.dumps(details, indent=1) + "\n")
-    write_text(files["report"], guidance_page(found.details, found_profiles, remark))
-    found.plan.save(out)  # last: a plan file means that the rest is there
+    try:
+        write_text(files["guidance"], json.dumps(details, indent=1) + "\n")
+        write_text(files["report"], guidance_page(found.details, found_profiles, remark))
+        found.plan.save(out)  # last: a plan file means that the rest is there
+    except OSError as error:
+        raise InputError(
+            f"cannot write the results to {out.parent}",
+            got=error.strerror or str(error),
+            remedy="the same command with room on the disk: finished work is kept",
+        ) from error
     found.files.update(files)
     return files
 

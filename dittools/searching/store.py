@@ -111,8 +111,15 @@ class Store:
         if path is not None:
             from safetensors.torch import save
 
-            with atomic(path) as temporary:
-                temporary.write_bytes(save(ready, {"sha256": digest_of(ready)}))
+            try:
+                with atomic(path) as temporary:
+                    temporary.write_bytes(save(ready, {"sha256": digest_of(ready)}))
+            except OSError as error:
+                raise InputError(
+                    f"cannot keep finished work in {self.folder}",
+                    got=error.strerror or str(error),
+                    remedy="the same command with room on the disk, or another --work folder",
+                ) from error
 
     def _exchange(self, units: Sequence[Unit]) -> None:
         """Give every process the results of the others, as bytes of safetensors."""
