@@ -28,6 +28,7 @@ from dittools.searching.measure import Bench
 from dittools.searching.probe import Probe, Sites
 from dittools.searching.request import Constraints
 from dittools.searching.rows import sample_rows
+from dittools.searching.run import work_folder
 from dittools.searching.scout import scout
 from dittools.searching.store import Store, Unit
 from dittools.searching.table import Table, flat_weights, merge, plan_of, problem_of, survivors
@@ -265,3 +266,14 @@ def test_a_full_disk_under_the_atlas_page_is_one_line(
     assert stopped.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "a.html; got No space left on device; try: the same command with room" in said
+
+
+def test_the_work_folder_of_a_model_is_the_same_in_every_process(tmp_path: Path) -> None:
+    pipe = tiny("pixart")
+    names = pipe.scheduler.config["_use_default_values"]
+    assert len(names) > 3  # diffusers lists them in the order of a set of strings
+    first = work_folder(pipe, tmp_path, "cpu")
+    pipe.scheduler.register_to_config(_use_default_values=list(reversed(names)))
+    assert work_folder(pipe, tmp_path, "cpu") == first
+    pipe.scheduler.register_to_config(beta_start=0.5)
+    assert work_folder(pipe, tmp_path, "cpu") != first

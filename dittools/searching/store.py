@@ -162,8 +162,18 @@ def _remove(path: Path) -> None:
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return 16 hex digits that stand for JSON values and strings."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    """Return 16 hex digits that stand for JSON values and strings, the same in every process.
+
+    Of a diffusers config the note which values are defaults is left out: its order is that of a set
+    of strings, another one in every process.
+    """
+    plain = [
+        {k: v for k, v in part.items() if k != "_use_default_values"}
+        if isinstance(part, dict)
+        else part
+        for part in parts
+    ]
+    text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
