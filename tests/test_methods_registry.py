@@ -117,6 +117,21 @@ def test_a_class_names_its_parameters_when_it_is_given_others(name: str) -> None
             kind(**{item[:-1] + "q": 1})
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "tome"])  # images alone
+def test_scores_that_half_precision_cannot_hold_do_no_harm(name: str) -> None:
+    """Products of large queries and keys pass 65,504 before the scale makes them small."""
+    grid = TokenGrid(4, 10, 12, 0, 13)
+    both = torch.randn(1, grid.total, 2, 128)
+    q, k = ((both + torch.randn_like(both)).mul(32).half() for _ in range(2))
+    assert not (q[0, :, 0] @ k[0, :, 0].T).isfinite().all()
+    half = AttentionCall(q, k, torch.randn_like(both).half(), grid, layer=2, step=3, steps=10)
+    wide = replace(half, query=q.float(), key=k.float(), value=half.value.float())
+    method = build(name)
+    if not method.not_supported(half):
+        got, want = (method.attend(call, load("cpu")).float() for call in (half, wide))
+        assert (got - want).norm() < 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("name", ["radial", "vmoba", "psa", "svg", "svg2", "sparge"])
 def test_gradients_flow_past_what_is_chosen(name: str) -> None:
     """With its blocks chosen, a method is linear in the values: its gradient says what it does."""

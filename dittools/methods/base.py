@@ -1,5 +1,6 @@
 """What a method is, how its parameters are described and checked, and how its mask is run."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
@@ -229,6 +230,16 @@ def block_for(grid: TokenGrid) -> int:
     while size > 8 and grid.total < 32 * size:
         size //= 2
     return size
+
+
+def halvings(scale: float) -> tuple[float, float]:
+    """Return a power of two and what is left of a scale: one before a product, one after it.
+
+    Half precision holds the products of large queries and keys only once they are scaled, and a
+    power of two rounds nothing.
+    """
+    rest, power = math.frexp(scale)
+    return 2.0**power, rest
 
 
 def attend_per_item(

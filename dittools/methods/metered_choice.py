@@ -8,6 +8,7 @@ import torch
 
 from dittools.call import AttentionCall
 from dittools.grid import TokenGrid
+from dittools.methods.base import halvings
 from dittools.methods.block_sampling import (
     gather_heads,
     run_length,
@@ -147,7 +148,8 @@ def _text_scores(call: AttentionCall, query: torch.Tensor) -> torch.Tensor:
     if not len(at):
         return query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
     at = sent(at, query.device)
-    scores = (query @ call.key[0, at].permute(1, 2, 0)).float() * call.softmax_scale
+    before, after = halvings(call.softmax_scale)
+    scores = (query * before @ call.key[0, at].permute(1, 2, 0)).float() * after
     bias = call.additive_mask()
     if bias is not None:
         scores = scores + bias[0][:, None, at]

@@ -15,7 +15,7 @@ import torch
 
 from dittools.call import AttentionCall
 from dittools.kernels import Backend
-from dittools.methods.base import attend_per_item, bad_param, check_params, param
+from dittools.methods.base import attend_per_item, bad_param, check_params, halvings, param
 from dittools.methods.curves import placed_order
 from dittools.methods.pyramid import FACTORS, attend_levels
 from dittools.order import TokenOrder
@@ -130,7 +130,8 @@ def block_importance(
         _sampled(tokens, edge, sample, order, query.device) for edge in (size, key_block or size)
     )
     (blocks, each), (columns, several) = asked.shape, seen.shape
-    rows = query[0, asked.flatten()].transpose(0, 1).contiguous()
+    before, after = halvings(scale)
+    rows = (query[0, asked.flatten()] * before).transpose(0, 1).contiguous()
     # keys stand sample after sample, so that a maximum over one block's goes along whole rows
     keys = key[0, seen.t().flatten()].permute(1, 2, 0).contiguous()
     out = torch.empty((heads, blocks, columns), device=query.device)
@@ -146,7 +147,7 @@ def block_importance(
             best = _best(asking, keys[of], columns, part).to(out.dtype)
             best -= best.amax(-1, keepdim=True)
             out[of, first : first + step] = best.unflatten(1, (-1, each)).amax(2)
-    out = (out * scale).exp_()  # a maximum of exponentials is that of the largest score
+    out = (out * after).exp_()  # a maximum of exponentials is that of the largest score
     return out / out.sum(-1, keepdim=True)
 
 
