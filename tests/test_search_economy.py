@@ -154,12 +154,6 @@ def test_what_is_dear_in_time_does_not_survive_a_search_for_a_speedup() -> None:
     assert torch.equal(replace(dear, by_time=False).prices(), table.executed())
 
 
-def test_one_threshold_for_all_heads_is_a_candidate_of_whole_layers() -> None:
-    found = candidates_for(GRID, ["paro"])
-    assert {c.method.per_head for c in found[1:]} == {True, False}  # type: ignore[attr-defined]
-    assert all(c.together != c.method.per_head for c in found[1:])  # type: ignore[attr-defined]
-
-
 def test_layers_and_ranges_are_told_apart_by_one_generation_each() -> None:
     generator = torch.Generator().manual_seed(0)
     error, layer, part = (

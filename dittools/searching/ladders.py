@@ -245,7 +245,7 @@ def _paro(name: str, grid: TokenGrid) -> list[Ladder]:
             given = {"density": round(density, 4), "block_size": block, "per_head": per_head}
             return build(name, given)
 
-        return Ladder(name, label, make, alone=not per_head, joint=not per_head)
+        return Ladder(name, label, make, alone=not per_head)
 
     return [ladder("each head alike", True), ladder("one threshold", False)]
 

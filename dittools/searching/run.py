@@ -38,7 +38,6 @@ JOINT_BLENDS: Blends = ((1.0, 1.0),)
 # for a speed-up, where choosing well takes too long and errors are large: those of a layer or step
 # that weighs much are soon as harmful as errors can be, and flat weights often do better
 FAST_BLENDS: Blends = (*BLENDS, (0.0, 0.0))
-FAST_JOINT_BLENDS: Blends = ((0.0, 0.0),)
 NEAR = 0.03  # a single method that costs another share of dense does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
@@ -283,7 +282,7 @@ def _start(solver: Solver, request: Request) -> float:
 def blends_of(request: Request) -> tuple[Blends, Blends]:
     """Return the blends to compare, of plans by head and of plans by layer."""
     if request.target == "speedup":
-        return FAST_BLENDS, FAST_JOINT_BLENDS
+        return FAST_BLENDS, JOINT_BLENDS
     return BLENDS, JOINT_BLENDS
 
 
