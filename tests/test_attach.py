@@ -227,6 +227,28 @@ def test_the_report_says_what_the_schedule_keeps_dense(
     assert found == ([f"dense: {words}"] if words else [])
 
 
+def test_a_run_in_which_nothing_was_sparse_is_logged_once_with_the_reason(
+    pipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who never prints a report still learns why there was no gain."""
+    with caplog.at_level(logging.WARNING, "dittools"):
+        for plan, how, options in (
+            ("dense", {}, {}),
+            (SPARSE, {}, {"backend": "reference"}),
+            ("radial", {"num_frames": 1}, {"recorder": False}),
+        ):
+            with attach(pipe, plan, **options):
+                run(pipe, **how)
+        assert caplog.messages == []
+        with attach(pipe, "radial", dense_steps=1):
+            for _ in range(2):
+                run(pipe, num_frames=1)
+    assert caplog.messages == [
+        "nothing ran sparse so far: 4 calls: radial needs 2 frames or more, got 1; "
+        "the attachment's report() has more"
+    ]
+
+
 def test_a_share_gives_few_step_models_their_dense_step(pipe: Any) -> None:
     spy = Spy()
     with attach(pipe, spy, dense_steps=0.1):

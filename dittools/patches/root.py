@@ -61,6 +61,8 @@ class Root:
         if place.is_new_run:
             runtime.begin_run()
             self._unnamed = (-1, 0)
+        if place.step == place.steps - 1:
+            runtime.tell_idle()
         layout, problem = None, ""
         try:
             layout = self.family.layout(arguments, denoiser)

@@ -1,5 +1,6 @@
 """What one attachment knows and remembers: plan, backend, step, counts, memory of methods."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from dittools.patches.steps import StepClock
 from dittools.patches.timing import Stopwatch
 from dittools.plans import Plan
 from dittools.plans.plan import HeadRule
+
+logger = logging.getLogger("dittools")
 
 
 @dataclass
@@ -78,6 +81,7 @@ class Runtime:
         self.memory: dict[tuple[str, str, int], tuple[Any, dict[str, Any]]] = {}
         self._rules: dict[tuple[str, int, int, int, str], list[HeadRule]] = {}
         self.flight = None if recorder is None else Flight(recorder)
+        self._told_idle = False
         self.reset()
 
     def reset(self) -> None:
@@ -100,6 +104,20 @@ class Runtime:
         self.memory.clear()
         if self.flight is not None:
             self.flight.begin_run()
+
+    def tell_idle(self) -> None:
+        """Log once, where a recorder watches, that nothing ran sparse so far, and mostly why."""
+        tallies = self.tallies.values()
+        if self.flight is None or self._told_idle or any(tally.sparse for tally in tallies):
+            return
+        reasons = sum((tally.fallbacks for tally in tallies), Counter[str]())
+        for reason, count in reasons.most_common(1):
+            self._told_idle = True
+            logger.warning(
+                "nothing ran sparse so far: %d calls: %s; the attachment's report() has more",
+                count,
+                reason,
+            )
 
     def tally(self, site: Site) -> Tally:
         """Return the counts of a site."""
