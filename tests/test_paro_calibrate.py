@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dittools.call import AttentionCall
 from dittools.errors import InputError, PlanError
 from dittools.grid import TokenGrid
 from dittools.kernels.reference import ReferenceBackend
+from dittools.mask import unpack_bits
 from dittools.methods.block_statistics import statistics
 from dittools.methods.oracle import OracleTopK
 from dittools.methods.paro import NAMES, PARO, axis_order, table_mask
@@ -190,6 +192,41 @@ def test_tables_survive_both_files_and_drive_the_method(tmp_path: Path) -> None:
         PARO(tables=broken)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="malformed; got paro tables lacks"):
         PARO(tables={"grid": [1, 1, 1]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", [(0, 0), (0, 2), (3, 30), (17, 0)])
+def test_tables_serve_prompts_of_any_length(text: tuple[int, int]) -> None:
+    """Masks are of the video alone: text is whole however long, as where padding is cut off."""
+    tables = calibrated(TokenGrid(8, 4, 4, 0, 5), 0.4)
+    grid = TokenGrid(8, 4, 4, *text)
+    q, k, v = (torch.randn(1, grid.total, 3, 16) for _ in range(3))
+    call = AttentionCall(q, k, v, grid, layer=1, step=2, steps=4)
+    method = PARO(block_size=16, tables=tables)
+    assert method.not_supported(call) == []
+    kept = unpack_bits(tables.packed[2, 1], 64).view(3, 8, 8) | torch.eye(8, dtype=torch.bool)
+    video = kept.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    whole = torch.ones(3, grid.total, grid.total, dtype=torch.bool)
+    for head, order in enumerate(tables.orders[1].tolist()):
+        at = axis_order(grid, order)[:128]
+        whole[head, at[:, None], at] = video[head]
+    want = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=whole[None]
+    )
+    got = method.attend(call, BACKEND)
+    torch.testing.assert_close(got, want.transpose(1, 2), atol=1e-5, rtol=1e-5)
+    masses = BlockMasses(TokenGrid(8, 4, 4, 0, 5), tables.orders, [0], [2], block_size=16)
+    assert masses.not_supported(call) == []
+    masses.attend(call, BACKEND)
+    assert masses.maps[0, 1] == 1
+
+
+def test_masks_of_many_text_lengths_do_not_pile_up() -> None:
+    tables = calibrated(TokenGrid(8, 4, 4, 0, 5), 0.5)
+    for length in range(40):
+        call = local_heads(TokenGrid(8, 4, 4, 0, length), layer=1, step=3, steps=4)
+        mask = table_mask(tables, call)
+        assert table_mask(tables, call) is mask
+    assert len(tables.cache) == 4 * 2 * 3
 
 
 def test_the_price_of_large_models_is_known_beforehand() -> None:

@@ -3,12 +3,13 @@
 Source: arXiv:2506.16054; the authors publish kernels, not the calibration. This project's choices:
 orders are picked by the attention mass their heaviest blocks hold (the paper's two metrics are
 there as well), and one threshold over all heads sets the mean density. With `tables` from
-`dittools calibrate` orders and masks are static, as in the paper; without, the order is chosen at
-the first sparse step of a site and the mask is estimated from sampled queries and pooled keys, anew
-at every step of the first half of the run. Applied after RoPE; text stands behind the grid's tokens
-and is dense. The published plans put text first and keep the ragged last block row and column
-whole; here a ragged block is ranked like any other and computed at its true length. `quantize`
-rounds in groups of one block after the reordering; see `kernels/quantised.py` for the arithmetic.
+`dittools calibrate` orders and masks are static, as in the paper, and serve prompts of any length,
+since masks are of the grid's tokens alone; without, the order is chosen at the first sparse step of
+a site and the mask is estimated from sampled queries and pooled keys, anew at every step of the
+first half of the run. Applied after RoPE; text stands behind the grid's tokens and is dense. The
+published plans put text first and keep the ragged last block row and column whole; here a ragged
+block is ranked like any other and computed at its true length. `quantize` rounds in groups of one
+block after the reordering; see `kernels/quantised.py` for the arithmetic.
 """
 
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ ORDERS = {
 }
 NAMES = tuple(ORDERS)
 ORDER_BLOCKS = 32  # query blocks that the choice of an order looks at
+TEXTS_KEPT = 4  # lengths of text whose calibrated masks are kept per layer and head
 
 
 @dataclass(frozen=True)
@@ -211,15 +213,20 @@ def paper_scores(sparse: torch.Tensor, incoherence: torch.Tensor, alpha: float) 
 def table_mask(tables: ParoTables, call: AttentionCall) -> BlockMask:
     """Return the calibrated mask of a call's layer, step and heads, on its device.
 
-    The one in use is kept with the tables, so both guidance branches share it.
+    Those in use are kept with the tables, so both guidance branches share one; branches and rows
+    whose text differs in length have one each.
     """
     heads = call.head_index or tuple(range(call.head_count))
-    index, site = tables.index(call.step, call.steps), (call.layer, heads, call.query.device)
+    index = tables.index(call.step, call.steps)
+    site = (call.layer, heads, call.query.device, call.grid)
     known = tables.cache.get(site)
     if known is None or known[0] != index:
-        keep, chosen = tables.mask(call.layer, index), tables.orders[call.layer]
+        keep, chosen = tables.mask(call.layer, index, call.grid), tables.orders[call.layer]
         order = head_order(call.grid, chosen[list(heads)].tolist())
         behind = replace(call.grid, text_before=0, text_after=call.grid.text)
         made = row_mask(keep[list(heads)], behind, tables.block_size, order)
+        tables.cache.pop(site, None)  # the newest last
+        while len(tables.cache) >= TEXTS_KEPT * tables.orders.numel():
+            del tables.cache[next(iter(tables.cache))]
         known = tables.cache[site] = (index, made.to(call.query.device))
     return known[1]

@@ -121,8 +121,9 @@ class BlockMasses:
         self.maps = torch.zeros((bins, orders.shape[0]))
 
     def not_supported(self, call: AttentionCall) -> list[str]:
-        """One calibration is for one grid."""
-        return [] if call.grid == self.grid else [f"the calibration is for {self.grid}"]
+        """One calibration is for one grid; prompts may differ in length."""
+        fits = call.grid.shape == self.grid.shape
+        return [] if fits else [f"the calibration is for {self.grid}"]
 
     def attend(self, call: AttentionCall, backend: Backend) -> torch.Tensor:
         """Return dense attention."""

@@ -29,7 +29,8 @@ class ParoTables:
     """Orders per (layer, head) and block masks per (bin of steps, layer, head).
 
     Attributes:
-        grid: the grid they were made for; its text is behind the grid's tokens in the masks.
+        grid: the grid they were made for. The masks are over its frames, height and width alone, so
+            they serve calls with text of any length, which is kept whole.
         block_size: tokens.
         orders: int64 [layers, heads].
         packed: uint8 [bins, layers, heads, ceil(blocks ** 2 / 8)].
@@ -71,7 +72,7 @@ class ParoTables:
         """Say why the tables do not fit a call; empty when they do."""
         grid, layer, heads, reasons = call.grid, call.layer, call.head_count, []
         known = self.orders.shape[1]
-        if grid != self.grid:
+        if grid.shape != self.grid.shape:
             reasons.append(f"paro tables are for {self.grid}, the call has {grid}")
         if layer >= len(self.orders):
             reasons.append(f"paro tables have {len(self.orders)} layers, the call is layer {layer}")
@@ -87,10 +88,16 @@ class ParoTables:
         place = step * known // steps if steps else step
         return self.bin_of_step[min(place, known - 1)]
 
-    def mask(self, layer: int, index: int) -> torch.Tensor:
-        """Return bool [heads, all blocks, all blocks] of one layer and bin, text not yet kept."""
+    def mask(self, layer: int, index: int, grid: TokenGrid | None = None) -> torch.Tensor:
+        """Return bool [heads, all blocks, all blocks] of one layer and bin, text not yet kept.
+
+        Args:
+            layer: of the call.
+            index: bin.
+            grid: of the call, whose text may be of another length; None for the calibrated one.
+        """
         video = unpack_bits(self.packed[index, layer], self.blocks**2)
-        total = self.grid.blocks(self.block_size)
+        total = (grid or self.grid).blocks(self.block_size)
         out = torch.zeros((len(video), total, total), dtype=torch.bool)
         out[:, : self.blocks, : self.blocks] = video.view(-1, self.blocks, self.blocks)
         return out
