@@ -27,8 +27,8 @@ class Followed:
     def __init__(self, pipe: Any) -> None:
         """Read the scheduler now; it is read again, since users replace it."""
         self.pipe = weakref.ref(pipe)
-        self._scheduler = getattr(pipe, "scheduler", None)
-        self._seen: tuple[Any, Any] = (None, None)
+        self._scheduler = getattr(pipe, "scheduler", None)  # a copy being made has none yet
+        self._seen = None if self._scheduler is None else _state(self._scheduler)
 
     @property
     def scheduler(self) -> Any:
@@ -38,13 +38,18 @@ class Followed:
             self._scheduler = getattr(pipe, "scheduler", None)
         return self._scheduler
 
-    def has_moved(self) -> bool:
-        """Whether a run began or took a step since the last look."""
-        scheduler = self.scheduler
-        timesteps = getattr(scheduler, "timesteps", None)
-        index = getattr(scheduler, "_step_index", None)
-        before, self._seen = self._seen, (timesteps, index)
-        return timesteps is not before[0] or index != before[1]
+    def moved(self) -> int:
+        """Return what happened since the last look: 2 a new run, 1 a step, 0 nothing."""
+        before, self._seen = self._seen, _state(self.scheduler)
+        timesteps, index = self._seen
+        if before is None:  # a finished run was copied with its place
+            return 2 if index is None else 0
+        return 2 if timesteps is not before[0] else int(index != before[1])
+
+
+def _state(scheduler: Any) -> tuple[Any, Any]:
+    """Return the timesteps, a new tensor for every run, and the place among them."""
+    return getattr(scheduler, "timesteps", None), getattr(scheduler, "_step_index", None)
 
 
 class StepClock:
@@ -113,10 +118,11 @@ class StepClock:
         return Place(step, len(timesteps) - begin, is_new)
 
     def _scheduler(self) -> Any:
-        """Return the scheduler that moved since the last forward, else the one that did before."""
-        moved = [one for one in self._followed if one.has_moved()]
-        if moved and self._current not in moved:
-            self._current = moved[0]
+        """Return the scheduler that began a run or moved since the last forward, else the last."""
+        moved = [(one.moved(), one) for one in self._followed]
+        most = max((how for how, _ in moved), default=0)
+        if most and (most, self._current) not in moved:
+            self._current = next(one for how, one in moved if how == most)
         return None if self._current is None else self._current.scheduler
 
     def _by_scheduler(self, scheduler: Any, timesteps: Any, begin: int, timestep: Any) -> int:
