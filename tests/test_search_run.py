@@ -133,6 +133,10 @@ def test_constraints_hold_in_the_plan(pipe: Any) -> None:
         ({"target_density": 0.5, "budget": "huge"}, "unknown budget"),
         ({"target_density": 0.5, "ranges": (0.0, 0.7, 0.5, 1.0)}, "step ranges"),
         ({"target_density": 0.5, "constraints": Constraints(dense_layers=(9,))}, "layers below 2"),
+        ({"target_density": 0.5, "constraints": Constraints(reuse=-1.0)}, "reuse .* from 0 on"),
+        ({"target_density": 0.5, "carry": float("nan")}, "carry .* got nan"),
+        ({"target_density": 0.5, "seed": 2**64 - 1}, "seed is not usable.*64 bits"),
+        ({"target_density": 0.5, "methods": ["Gna2"]}, r"expected radial, (?!.*oracle).*Gna2"),
     ],
 )
 def test_one_clear_error(pipe: Any, target: dict[str, Any], words: str) -> None:
@@ -165,6 +169,12 @@ def test_plans_for_another_model_are_refused(found: SearchResult) -> None:
     other = replace(found.plan, model=replace(found.plan.model, heads=3))
     with pytest.raises(PlanError, match=r"another model.*heads 3.*got 2"):
         dittools.attach(load("tiny/wan"), other)
+
+
+def test_a_folder_in_place_of_the_plan_is_refused_at_once(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a file name; got a folder"):
+        dittools.search(pipe, PROMPTS, target_density=0.5, out=tmp_path, **GIVEN)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_plan_whole(
@@ -218,6 +228,44 @@ def test_a_unit_is_done_once_and_a_damaged_file_is_done_again(tmp_path: Path) ->
     next(tmp_path.iterdir()).write_bytes(b"cut short")
     assert Store(tmp_path).run("w", [Unit("key", 0, work)])[0]["x"].tolist() == [0, 1, 2]
     assert len(ran) == 2
+
+
+def test_a_longer_list_of_prompts_is_calibrated_as_in_a_new_folder(
+    pipe: Any, tmp_path: Path
+) -> None:
+    """Prompts take turns at the steps, so that a prompt's turn depends on how many there are."""
+    given = {**GIVEN, "methods": ["sparse_vdit"], "steps": 8, "ranges": (0.0, 0.5, 1.0)}
+    given["budget"] = Budget(2, 1, 18, 2, 2, 1, 0)
+    longer = dittools.search(pipe, PROMPTS, target_density=0.6, **given).frontier
+    for prompts in (PROMPTS[:2], PROMPTS):
+        found = dittools.search(
+            pipe, prompts, target_density=0.6, work=tmp_path / "work", **given
+        ).frontier
+    assert found == longer
+
+
+def test_the_work_folder_is_that_of_the_whole_pipeline(tmp_path: Path) -> None:
+    import torch
+    from diffusers import KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
+
+    from dittools.searching.run import work_folder
+
+    def folder() -> Path | None:
+        return work_folder(other, tmp_path, "cpu")
+
+    other = load("tiny/sd")
+    seen = [folder()]
+    assert folder() == seen[0]
+    for name in ("unet", "vae", "text_encoder"):
+        with torch.no_grad():
+            next(getattr(other, name).parameters()).add_(1.0)
+        seen.append(folder())
+    for kind in (KDPM2DiscreteScheduler, KDPM2AncestralDiscreteScheduler):
+        other.scheduler = kind()
+        seen.append(folder())
+    assert len(set(seen)) == len(seen)
+    other.to("meta")  # as sequential offloading leaves it
+    assert folder() not in seen
 
 
 def _search_in_child(out: Path) -> None:

@@ -151,6 +151,10 @@ def search(
     target = None if out is None else Path(out)
     if target is not None:
         check_writable(target.parent)
+        if target.is_dir():
+            raise InputError(
+                f"cannot write a plan to {target}", expected="a file name", got="a folder"
+            )
     folder = Path(work) if work is not None else default_work(target)
     detach(pipe)
     told, seen = progress or (lambda *_: None), watch or (lambda *_: None)

@@ -19,7 +19,7 @@ from dittools.searching.rows import sample_rows
 from dittools.searching.scout import Facts
 from dittools.searching.store import Result, Store, Unit, fingerprint
 
-FORMAT = 4  # of what a calibration keeps: older work is not taken up
+FORMAT = 5  # of what a calibration keeps: older work is not taken up
 _APART = 2**40  # from the seeds by which methods draw rows of their own, which they know exactly
 
 
@@ -147,7 +147,6 @@ class Bench:
         names = fingerprint(
             [c.name for c in candidates],
             sites.ranges,
-            sorted(sites.sampled),
             sorted(sites.passed),
         )
 
@@ -161,7 +160,7 @@ class Bench:
         units = [
             Unit(
                 f"calibrate {FORMAT} "
-                f"{fingerprint(use.to_dict(), names, some, rows, carry, number)}",
+                f"{fingerprint(use.to_dict(), names, sorted(at.sampled), some, rows, carry)}",
                 number * parts + part,
                 lambda use=use, at=at, some=some: measure(use, at, some),  # type: ignore[misc]
             )

@@ -10,6 +10,7 @@ from typing import Any
 from dittools.errors import InputError
 from dittools.methods import METHODS
 from dittools.pipelines.generate import Settings
+from dittools.searching.candidates import NEVER
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,20 @@ class Request:
     sensitivity: str = "perturbation"
 
     def __post_init__(self) -> None:
-        """Check prompts, methods and step ranges."""
+        """Check prompts, methods, step ranges, penalties and seeds."""
         if not self.prompts:
             raise InputError("no prompts to search with", remedy="one prompt or more")
+        for name, value in (("carry", self.carry or 0.0), ("reuse", self.constraints.reuse)):
+            if not 0 <= value < float("inf"):
+                raise InputError(
+                    f"{name} is not usable", expected="a number from 0 on", got=f"{value:g}"
+                )
+        _ = (self.calibration, self.held_out)  # whose seeds follow the one given
         unknown = [m for m in (*self.methods, *self.constraints.exclude) if m not in METHODS]
         if unknown:
             raise InputError(
                 "unknown method in the search",
-                expected=", ".join(METHODS),
+                expected=", ".join(name for name in METHODS if name not in NEVER),
                 got=", ".join(unknown),
             )
         if self.sensitivity not in SENSITIVITIES:

@@ -62,13 +62,15 @@ class Outcome:
 
 
 def work_folder(pipe: Any, parent: Path | None, backend: str) -> Path | None:
-    """Return the folder of results that hold for this model, backend and these versions."""
+    """Return the folder of results that hold for this pipeline, backend and these versions."""
     if parent is None:
         return None
-    targets = find_targets(pipe)
-    scheduler = getattr(getattr(pipe, "scheduler", None), "config", {})
-    parts = [weights_digest(t.denoiser) for t in targets]
-    mark = fingerprint(versions(), type(pipe).__name__, parts, dict(scheduler), backend)
+    scheduler = getattr(pipe, "scheduler", None)
+    kinds = [type(pipe).__name__, type(scheduler).__name__]
+    parts = [weights_digest(t.denoiser) for t in find_targets(pipe)]
+    others = getattr(pipe, "components", {})
+    parts += [weights_digest(m) for m in others.values() if isinstance(m, torch.nn.Module)]
+    mark = fingerprint(versions(), kinds, parts, dict(getattr(scheduler, "config", {})), backend)
     folder = parent / mark
     try:
         folder.mkdir(parents=True, exist_ok=True)
