@@ -12,5 +12,11 @@ def fenced(language: str) -> list[str]:
 
 
 def quick(snippet: str) -> str:
-    """Return a snippet with the steps of its generations cut down."""
+    """Return a snippet with fewer steps, and a toy where it loads released weights."""
+    snippet = re.sub(
+        r'WanPipeline\.from_pretrained\(.*?\)\.to\("cuda"\)',
+        'dittools.pipelines.load("tiny/wan")',
+        snippet,
+        flags=re.DOTALL,
+    )
     return snippet.replace('"num_inference_steps": 12', '"num_inference_steps": 3')
