@@ -203,12 +203,12 @@ def test_the_estimate_counts_the_forwards_a_search_makes(pipe: Any) -> None:
         "dense": 3,
         "calibration": 1,
         "sensitivity": 6,
-        "weights": 2,
+        "weights": 3,
         "verification": 8,
         "single methods": 4,
         "first look": 2,
     }
-    assert found.forwards == 26 * 4 * 2
+    assert found.forwards == 27 * 4 * 2
     few = make_request(pipe, PROMPTS, target_density=0.5, **{**GIVEN, "methods": ["radial"]})
     assert "first look" not in estimate(pipe, few).generations
 

@@ -256,3 +256,20 @@ def test_a_search_for_a_speedup_says_what_generations_took(
     assert ">speed-up<" in report
     assert "speed-up of a whole generation" in report
     assert "plans compared on the calibration prompts" in report
+
+
+@pytest.mark.parametrize("psnr_db", [34.0, 36.0])
+def test_flatter_weights_are_tried_where_errors_are_large(
+    psnr_db: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(_bench: Bench, what: str, plans: Any, settings: Any, is_timed: bool = False) -> Any:
+        return [Score((psnr_db,), (1.0,), (1.0,), 0.5)] * len(plans)
+
+    monkeypatch.setattr(Bench, "score_all", scored)
+    given: dict[str, Any] = {"methods": ["gna", "sparse_vdit"], **SIZE}
+    budget = Budget(1, 1, 18, 1, 2, 1, 0)
+    found = dittools.search(
+        load("tiny/wan"), PROMPTS, target_density=0.5, budget=budget, **given
+    ).frontier
+    tried = ["1 of layers, 1 of steps", "0.5 of layers, 0.5 of steps", "0 of layers, 0 of steps"]
+    assert list(found["weights"]["calibration_psnr_db"]) == tried[: 3 if psnr_db < 35 else 1]

@@ -6,7 +6,14 @@ from typing import Any
 from dittools.searching.candidates import Candidate
 from dittools.searching.probe import BRANCHES, CHUNK
 from dittools.searching.request import Request
-from dittools.searching.run import LOOKERS, blends_of, looks_first, prepare
+from dittools.searching.run import (
+    BLENDS,
+    FLAT_BLENDS,
+    JOINT_BLENDS,
+    LOOKERS,
+    looks_first,
+    prepare,
+)
 from dittools.searching.scout import Facts
 from dittools.searching.weigh import sampled_layers
 
@@ -66,8 +73,8 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     layers = sampled_layers(
         facts.model.layers, budget.sensitivity, request.constraints.dense_layers
     )
-    apart, together = blends_of(request)
-    plans = len(apart) + len(together) * any(c.together for c in candidates)
+    plans = len(BLENDS) + len(FLAT_BLENDS)
+    plans += len(JOINT_BLENDS) * any(c.together for c in candidates)
     singles = min(budget.points, len(candidates) - 1)
     generations = {
         "dense": calibration + held_out,

@@ -29,15 +29,15 @@ from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_l
 
 Report = Callable[[str, int, int], None]
 Blends = tuple[tuple[float, float], ...]
-# shares of the measured weights between layers, and between parts of the run, the rest flat: as
-# measured, and half-way, should the few generations they were measured on mislead
-BLENDS: Blends = ((1.0, 1.0), (0.5, 0.5))
+# shares of the measured weights between layers, and between parts of the run, the rest flat
+BLENDS: Blends = ((1.0, 1.0),)
 # the same where all heads of a layer keep to one method that shares out its blocks itself: what a
 # head needs differs from prompt to prompt, what a layer needs less
 JOINT_BLENDS: Blends = ((1.0, 1.0),)
-# for a speed-up, where choosing well takes too long and errors are large: those of a layer or step
-# that weighs much are soon as harmful as errors can be, and flat weights often do better
-FAST_BLENDS: Blends = (*BLENDS, (0.0, 0.0))
+# where even the best plan is far from dense: an error that large is soon as harmful as it can be
+# wherever it is made, so that weights mislead and flatter ones often do better
+FLAT_BLENDS: Blends = ((0.5, 0.5), (0.0, 0.0))
+FLAT_BELOW_DB = 35.0
 NEAR = 0.03  # a single method that costs another share of dense does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
@@ -281,21 +281,14 @@ def _start(solver: Solver, request: Request) -> float:
     return max(start, 0.0)
 
 
-def blends_of(request: Request) -> tuple[Blends, Blends]:
-    """Return the blends to compare, of plans by head and of plans by layer."""
-    if request.target == "speedup":
-        return FAST_BLENDS, JOINT_BLENDS
-    return BLENDS, JOINT_BLENDS
-
-
 def _best_blend(
     bench: Bench, first: Solver, sensitivity: Sensitivity, request: Request, start: float
 ) -> tuple[Solver, Predictor, tuple[float, float], dict[str, float]]:
     """Return the solver whose joint plan does best on the calibration prompts, and its predictor.
 
-    Isolated errors do not add up, so the weights are tried more and less flattened, with a method
-    per head and with one per layer; then rules per guidance branch, whose errors may cancel less.
-    The joint runs also fix the scale of predicted errors.
+    Isolated errors do not add up, so plans are tried with a method per head and with one per layer;
+    flatter weights where these are far from dense; then rules per guidance branch, whose errors may
+    cancel less. The joint runs also fix the scale of predicted errors.
     """
     flat = flat_weights(first.table)
     names: dict[str, tuple[float, float]] = {}
@@ -308,14 +301,19 @@ def _best_blend(
             return
         solvers[name], names[name] = solver, shares
 
-    apart, together = blends_of(request)
-    for shares in apart:
+    for shares in BLENDS:
         offer(shares, first.table, "")
     joint = first.table.joint()
     if joint is not None:
-        for shares in together:
+        for shares in JOINT_BLENDS:
             offer(shares, joint, ", heads together")
     tried = _compare(bench, solvers, request, start)
+    if max(tried.values()) < FLAT_BELOW_DB:
+        known = set(solvers)
+        for shares in FLAT_BLENDS:
+            offer(shares, first.table, "")
+        new = {name: solver for name, solver in solvers.items() if name not in known}
+        tried |= _compare(bench, new, request, start)
     best = max(solvers, key=lambda name: tried[name])
     blend = names[best]
     split = solvers[best].table.split() if request.budget.branches else None
