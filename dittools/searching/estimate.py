@@ -4,16 +4,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dittools.searching.candidates import Candidate
+from dittools.searching.comparing import BLENDS, FLAT_BLENDS, JOINT_BLENDS
 from dittools.searching.probe import BRANCHES, CHUNK
 from dittools.searching.request import Request
-from dittools.searching.run import (
-    BLENDS,
-    FLAT_BLENDS,
-    JOINT_BLENDS,
-    LOOKERS,
-    looks_first,
-    prepare,
-)
+from dittools.searching.run import LOOKERS, looks_first, prepare
 from dittools.searching.scout import Facts
 from dittools.searching.weigh import sampled_layers
 

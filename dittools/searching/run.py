@@ -13,6 +13,7 @@ from dittools.patches.attach import find_targets
 from dittools.plans import Plan
 from dittools.searching.allocate import Unreachable
 from dittools.searching.candidates import Candidate, candidates_for, is_chooser, phrase, without
+from dittools.searching.comparing import best_blend
 from dittools.searching.cost import CostTable, flops_table, measure_costs
 from dittools.searching.gradient import gradient_weights
 from dittools.searching.groups import ends_of
@@ -28,16 +29,6 @@ from dittools.searching.verify import Goal, Trial, Verdict, Verifier
 from dittools.searching.weigh import Sensitivity, measure_sensitivity, sampled_layers
 
 Report = Callable[[str, int, int], None]
-Blends = tuple[tuple[float, float], ...]
-# shares of the measured weights between layers, and between parts of the run, the rest flat
-BLENDS: Blends = ((1.0, 1.0),)
-# the same where all heads of a layer keep to one method that shares out its blocks itself: what a
-# head needs differs from prompt to prompt, what a layer needs less
-JOINT_BLENDS: Blends = ((1.0, 1.0),)
-# where even the best plan is far from dense: an error that large is soon as harmful as it can be
-# wherever it is made, so that weights mislead and flatter ones often do better
-FLAT_BLENDS: Blends = ((0.5, 0.5), (0.0, 0.0))
-FLAT_BELOW_DB = 35.0
 NEAR = 0.03  # a single method that costs another share of dense does not compare with the plan
 SCOUTED = 24  # candidates from which on a shorter look drops those that win nowhere
 LOOKERS = 2  # units of work a first look is dealt out to, each with a generation of its own
@@ -171,23 +162,11 @@ def run(
     store = Store(work_folder(pipe, work, backend), report)
     facts, candidates = prepare(pipe, request)
     bench = Bench(pipe, store, backend)
-    budget = request.budget
-    sites = sites_for(
-        facts, request.ranges, budget.rows, budget.steps_per_range, request.settings.seed
-    )
-    device = torch.device(getattr(pipe, "device", "cpu"))
-    costs = cost_table(store, facts, candidates, backend, device)
-    by_time = request.target == "speedup"
-
-    def solver_of(table: Table) -> Solver:
-        weight = flat_weights(table)
-        return Solver(table, weight, costs, request.constraints, facts.model, by_time)
-
-    table = calibrated(bench, request, facts, candidates, sites, lambda t: solver_of(t).prices())
-    first = solver_of(table)
+    first = _first_solver(bench, request, facts, candidates)
+    table = first.table
     start = _start(first, request)
     sensitivity = _sensitivity(bench, first, request, facts, start)
-    solver, predictor, blend, tried = _best_blend(bench, first, sensitivity, request, start)
+    solver, predictor, blend, tried = best_blend(bench, first, sensitivity, request, start)
     watch("curve", curve_points(solver, predictor))
     watch("singles", single_points(solver, predictor, {}))
     verdict = _verify(bench, solver, predictor, request, start, watch)
@@ -201,6 +180,34 @@ def run(
 def looks_first(request: Request, candidates: list[Candidate]) -> bool:
     """Whether there are so many candidates that a shorter look drops some before the long one."""
     return len(candidates) > SCOUTED and request.carry is None
+
+
+def _first_solver(
+    bench: Bench, request: Request, facts: Facts, candidates: list[Candidate]
+) -> Solver:
+    """Return the solver of a calibrated table whose relative errors count alike in every layer."""
+    budget, by_time = request.budget, request.target == "speedup"
+    sites = sites_for(
+        facts, request.ranges, budget.rows, budget.steps_per_range, request.settings.seed
+    )
+    device = torch.device(getattr(bench.pipe, "device", "cpu"))
+
+    def timed(some: list[Candidate]) -> CostTable:
+        return cost_table(bench.store, facts, some, bench.backend, device)
+
+    def solver_of(table: Table, costs: CostTable) -> Solver:
+        weight = flat_weights(table)
+        return Solver(table, weight, costs, request.constraints, facts.model, by_time)
+
+    if by_time:  # times decide what survives the first look; elsewhere only survivors are timed
+        costs = timed(candidates)
+
+        def prices(table: Table) -> torch.Tensor:
+            return solver_of(table, costs).prices()
+
+        return solver_of(calibrated(bench, request, facts, candidates, sites, prices), costs)
+    table = calibrated(bench, request, facts, candidates, sites)
+    return solver_of(table, timed([candidates[n] for n in table.active.nonzero().flatten()]))
 
 
 def calibrated(
@@ -279,69 +286,6 @@ def _start(solver: Solver, request: Request) -> float:
             remedy="more methods, fewer pinned layers or heads, or a looser target",
         ) from error
     return max(start, 0.0)
-
-
-def _best_blend(
-    bench: Bench, first: Solver, sensitivity: Sensitivity, request: Request, start: float
-) -> tuple[Solver, Predictor, tuple[float, float], dict[str, float]]:
-    """Return the solver whose joint plan does best on the calibration prompts, and its predictor.
-
-    Isolated errors do not add up, so plans are tried with a method per head and with one per layer;
-    flatter weights where these are far from dense; then rules per guidance branch, whose errors may
-    cancel less. The joint runs also fix the scale of predicted errors.
-    """
-    flat = flat_weights(first.table)
-    names: dict[str, tuple[float, float]] = {}
-    solvers: dict[str, Solver] = {}
-
-    def offer(shares: tuple[float, float], table: Table, suffix: str) -> None:
-        name = "{:g} of layers, {:g} of steps".format(*shares) + suffix
-        solver = replace(first, table=table, weight=sensitivity.blended(flat, shares))
-        if not _can(solver, start):
-            return
-        solvers[name], names[name] = solver, shares
-
-    for shares in BLENDS:
-        offer(shares, first.table, "")
-    joint = first.table.joint()
-    if joint is not None:
-        for shares in JOINT_BLENDS:
-            offer(shares, joint, ", heads together")
-    tried = _compare(bench, solvers, request, start)
-    if max(tried.values()) < FLAT_BELOW_DB:
-        known = set(solvers)
-        for shares in FLAT_BLENDS:
-            offer(shares, first.table, "")
-        new = {name: solver for name, solver in solvers.items() if name not in known}
-        tried |= _compare(bench, new, request, start)
-    best = max(solvers, key=lambda name: tried[name])
-    blend = names[best]
-    split = solvers[best].table.split() if request.budget.branches else None
-    if split is not None:
-        weight = sensitivity.blended(flat_weights(split), blend)
-        name = f"{best}, branches apart"
-        solvers[name] = replace(first, table=split, weight=weight)
-        tried |= _compare(bench, {name: solvers[name]}, request, start)
-        best = max(solvers, key=lambda name: tried[name])
-    predictor = Predictor.fitted(solvers[best].solve(start).loss, tried[best])
-    return solvers[best], predictor, blend, tried
-
-
-def _can(solver: Solver, budget: float) -> bool:
-    """Whether there is a plan of a budget."""
-    try:
-        solver.solve(budget)
-    except Unreachable:
-        return False
-    return True
-
-
-def _compare(
-    bench: Bench, solvers: dict[str, Solver], request: Request, start: float
-) -> dict[str, float]:
-    plans = [solver.solve(start).plan for solver in solvers.values()]
-    scores = bench.score_all("comparing weights", plans, request.calibration)
-    return {name: score.mean_psnr_db for name, score in zip(solvers, scores, strict=True)}
 
 
 def _verify(
