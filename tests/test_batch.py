@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -269,8 +270,12 @@ def launch(processes: int, prompts: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def ranks_of(parent: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = psutil.Process(parent.pid).children(recursive=True)
-    return [p for p in found if "generate" in " ".join(p.cmdline())]
+    found = []
+    for process in psutil.Process(parent.pid).children(recursive=True):
+        with suppress(psutil.Error):  # a short-lived child of a rank may end meanwhile
+            if "generate" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
