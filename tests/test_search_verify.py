@@ -14,13 +14,13 @@ from dittools.errors import InputError
 from dittools.patches.install import root_of
 from dittools.pipelines import load
 from dittools.pipelines.generate import Run, Settings, generate
-from dittools.plans import Plan
-from dittools.searching import Budget, measure, run
+from dittools.plans import ModelFacts, Plan
+from dittools.searching import Budget, Constraints, measure, run
 from dittools.searching.allocate import Unreachable
 from dittools.searching.measure import Bench, Score
 from dittools.searching.solver import Solution
 from dittools.searching.store import Store
-from dittools.searching.verify import PSNR_SLACK_DB, Goal, Verdict, Verifier
+from dittools.searching.verify import PSNR_SLACK_DB, Goal, Trial, Verdict, Verifier
 
 LEAST = 0.1  # the cheapest plan there is
 FINE = 2000  # plans per unit of budget: closer budgets give the same plan
@@ -273,3 +273,34 @@ def test_flatter_weights_are_tried_where_errors_are_large(
     ).frontier
     tried = ["1 of layers, 1 of steps", "0.5 of layers, 0.5 of steps", "0 of layers, 0 of steps"]
     assert list(found["weights"]["calibration_psnr_db"]) == tried[: 3 if psnr_db < 35 else 1]
+
+
+def test_a_plan_that_a_single_method_beats_is_not_delivered() -> None:
+    def score(psnr_db: float, speedup: float) -> Score:
+        return Score((psnr_db,), (1.0,), (1.0,), 0.5, (speedup,))
+
+    class Singles(ToySolver):
+        constraints, model = Constraints(), ModelFacts("X", 1, 2, 16)
+
+        def single(self, number: int) -> Solution:
+            return replace(self.solve(0.5), plan=Plan.of(dittools.METHODS["gna"]()))
+
+    class Predicts:
+        def psnr_db(self, loss: float) -> float:
+            return 60 * loss
+
+    solver: Any = Singles(True, FINE)
+    predictor: Any = Predicts()
+    trial = Trial(0.5, solver.solve(0.5), 30.0, score(20.0, 1.2))
+    plan = Verdict(trial, [trial], True, "as it was")
+    slow, worse, better = (1, score(40.0, 1.1)), (2, score(19.0, 1.3)), (3, score(25.0, 1.3))
+    assert run.or_single(plan, [slow, worse], solver, predictor, 1.15) is plan
+    found = run.or_single(plan, [slow, worse, better], solver, predictor, 1.15)
+    assert found.chosen.score is better[1]
+    assert found.chosen.solution.plan.model == solver.model
+    assert found.trials == [trial, found.chosen]
+    assert "1.30 times as fast as dense by one method alone" in found.remark
+    missed = replace(plan, met=False)
+    assert run.or_single(missed, [worse], solver, predictor, 1.15).met
+    solver.constraints = Constraints(dense_layers=(0,))
+    assert run.or_single(plan, [better], solver, predictor, 1.15) is plan

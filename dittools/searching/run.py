@@ -20,7 +20,7 @@ from dittools.searching.groups import ends_of
 from dittools.searching.measure import Bench, Score, sites_for
 from dittools.searching.points import Watch, curve_points, single_points, trial_point
 from dittools.searching.probe import Sites
-from dittools.searching.request import Request
+from dittools.searching.request import Constraints, Request
 from dittools.searching.scout import Facts, named_backend, scout
 from dittools.searching.solver import Predictor, Solution, Solver
 from dittools.searching.store import Result, Store, Unit, fingerprint, weights_digest
@@ -171,6 +171,8 @@ def run(
     watch("singles", single_points(solver, predictor, {}))
     verdict = _verify(bench, solver, predictor, request, start, watch)
     singles = _singles(bench, solver, verdict.chosen.solution, request)
+    if request.target == "speedup":
+        verdict = or_single(verdict, singles, solver, predictor, request.value)
     plan = _signed(verdict, request, solver, facts)
     return Outcome(
         request, facts, table, solver, predictor, sensitivity, blend, tried, verdict, singles, plan
@@ -341,6 +343,33 @@ def _singles(
     what = "generating with single methods"
     scores = bench.score_all(what, plans, request.held_out, solver.by_time)
     return list(zip(chosen, scores, strict=True))
+
+
+def or_single(
+    verdict: Verdict,
+    singles: list[tuple[int, Score]],
+    solver: Solver,
+    predictor: Predictor,
+    target: float,
+) -> Verdict:
+    """Return the verdict on a single method where one as fast as asked for came out better.
+
+    Not under constraints, which a method on all layers and heads does not keep to.
+    """
+    fast = [pair for pair in singles if pair[1].speedup >= target]
+    if not fast or solver.constraints != Constraints():
+        return verdict
+    number, score = max(fast, key=lambda pair: pair[1].mean_psnr_db)
+    if verdict.met and score.mean_psnr_db <= verdict.chosen.score.mean_psnr_db:
+        return verdict
+    alone = solver.single(number)
+    solution = replace(alone, plan=replace(alone.plan, model=solver.model))
+    trial = Trial(alone.cost, solution, predictor.psnr_db(alone.loss), score)
+    remark = (
+        f"{score.speedup:.2f} times as fast as dense by one method alone, "
+        f"better than {len(verdict.trials)} plan(s)"
+    )
+    return Verdict(trial, [*verdict.trials, trial], True, remark)
 
 
 def _signed(verdict: Verdict, request: Request, solver: Solver, facts: Facts) -> Plan:
