@@ -18,7 +18,7 @@ from dittools.plans import ModelFacts, Plan
 from dittools.searching import Budget, Constraints, measure, run
 from dittools.searching.allocate import Unreachable
 from dittools.searching.measure import Bench, Score
-from dittools.searching.solver import Solution
+from dittools.searching.solver import Solution, Solver
 from dittools.searching.store import Store
 from dittools.searching.verify import PSNR_SLACK_DB, Goal, Trial, Verdict, Verifier
 
@@ -28,6 +28,8 @@ FINE = 2000  # plans per unit of budget: closer budgets give the same plan
 
 class ToySolver:
     """A plan for every budget from LEAST on; its loss stands for its PSNR, 60 dB per unit."""
+
+    reachable = Solver.reachable
 
     def __init__(self, by_time: bool, fine: int) -> None:
         self.by_time, self.fine = by_time, fine

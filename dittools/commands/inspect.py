@@ -44,10 +44,10 @@ def inspect(
     """
     from dittools.commands.search import _load
     from dittools.commands.terminal import console, progress
-    from dittools.pipelines.output import check_writable, write_text
+    from dittools.pipelines.output import check_writable, disk_errors, write_text
     from dittools.plans import Plan
     from dittools.searching.inspect import atlas, atlas_page, work_beside
-    from dittools.searching.store import read_prompts
+    from dittools.searching.store import ROOM, read_prompts
 
     texts = [prompt] if prompts is None else read_prompts(prompts)
     chosen = None if plan is None else Plan.load(plan)
@@ -73,14 +73,8 @@ def inspect(
             progress=step,
             **settings,
         )
-    try:
+    with disk_errors(f"cannot write {out}", ROOM):
         write_text(out, atlas_page(found))
-    except OSError as error:
-        raise InputError(
-            f"cannot write {out}",
-            got=error.strerror or str(error),
-            remedy="the same command with room on the disk: finished work is kept",
-        ) from error
     if as_json:
         sys.stdout.write(json.dumps(found) + "\n")
     else:

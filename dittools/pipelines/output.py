@@ -18,23 +18,26 @@ LABEL_HEIGHT = 18  # pixels, room for one line of the default font
 
 
 @contextmanager
+def disk_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn what the disk refuses within the block into one line: `what` failed, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(what, got=error.strerror or str(error), remedy=remedy) from error
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only when the block succeeds.
 
     Raises:
         InputError: the folder cannot be made or written.
     """
-    try:
+    with disk_errors(f"cannot write to {path.parent}", "another --out folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
         )
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {path.parent}",
-            got=error.strerror or str(error),
-            remedy="another --out folder",
-        ) from error
     os.close(handle)
     temporary = Path(name)
     try:

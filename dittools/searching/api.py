@@ -8,7 +8,7 @@ from typing import Any
 
 from dittools.errors import InputError
 from dittools.patches import detach
-from dittools.pipelines.output import check_writable, write_text
+from dittools.pipelines.output import check_writable, disk_errors, write_text
 from dittools.plans import Plan
 from dittools.searching import run as running
 from dittools.searching.cost import CostTable, save_costs
@@ -25,6 +25,7 @@ from dittools.searching.request import (
     settings_for,
     target_of,
 )
+from dittools.searching.store import ROOM
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,9 @@ def write(result: SearchResult, out: Path) -> dict[str, Path]:
         "report": folder / "report.html",
         "cost": folder / "cost.json",
     }
-    try:
+    with disk_errors(f"cannot write the results to {folder}", ROOM):
         write_text(files["frontier"], json.dumps(result.frontier, indent=1) + "\n")
         write_text(files["report"], page(result.frontier, result.atlas, result.costs))
         save_costs(result.costs, files["cost"])
         result.plan.save(out)  # last: a plan file means that the rest is there
-    except OSError as error:
-        raise InputError(
-            f"cannot write the results to {folder}",
-            got=error.strerror or str(error),
-            remedy="the same command with room on the disk: finished work is kept",
-        ) from error
     return files

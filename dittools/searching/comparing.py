@@ -2,22 +2,17 @@
 
 from dataclasses import replace
 
-from dittools.searching.allocate import Unreachable
 from dittools.searching.measure import Bench
 from dittools.searching.request import Request
 from dittools.searching.solver import Predictor, Solver
 from dittools.searching.table import Table, flat_weights
 from dittools.searching.weigh import Sensitivity
 
-Blends = tuple[tuple[float, float], ...]
 # shares of the measured weights between layers, and between parts of the run, the rest flat
-BLENDS: Blends = ((1.0, 1.0),)
-# the same where all heads of a layer keep to one method that shares out its blocks itself: what a
-# head needs differs from prompt to prompt, what a layer needs less
-JOINT_BLENDS: Blends = ((1.0, 1.0),)
+MEASURED = (1.0, 1.0)
 # where even the best plan is far from dense: an error that large is soon as harmful as it can be
 # wherever it is made, so that weights mislead and flatter ones often do better
-FLAT_BLENDS: Blends = ((0.5, 0.5), (0.0, 0.0))
+FLAT_BLENDS = ((0.5, 0.5), (0.0, 0.0))
 FLAT_BELOW_DB = 35.0
 
 
@@ -34,24 +29,23 @@ def best_blend(
     names: dict[str, tuple[float, float]] = {}
     solvers: dict[str, Solver] = {}
 
-    def offer(shares: tuple[float, float], table: Table, suffix: str) -> None:
+    def offer(shares: tuple[float, float], table: Table, suffix: str = "") -> None:
         name = "{:g} of layers, {:g} of steps".format(*shares) + suffix
         solver = replace(first, table=table, weight=sensitivity.blended(flat, shares))
-        if not _can(solver, start):
-            return
-        solvers[name], names[name] = solver, shares
+        if solver.reachable(start) <= start:
+            solvers[name], names[name] = solver, shares
 
-    for shares in BLENDS:
-        offer(shares, first.table, "")
+    offer(MEASURED, first.table)
     joint = first.table.joint()
-    if joint is not None:
-        for shares in JOINT_BLENDS:
-            offer(shares, joint, ", heads together")
+    if (
+        joint is not None
+    ):  # what a head needs differs from prompt to prompt, what a layer needs less
+        offer(MEASURED, joint, ", heads together")
     tried = _compare(bench, solvers, request, start)
     if max(tried.values()) < FLAT_BELOW_DB:
         known = set(solvers)
         for shares in FLAT_BLENDS:
-            offer(shares, first.table, "")
+            offer(shares, first.table)
         new = {name: solver for name, solver in solvers.items() if name not in known}
         tried |= _compare(bench, new, request, start)
     best = max(solvers, key=lambda name: tried[name])
@@ -65,15 +59,6 @@ def best_blend(
         best = max(solvers, key=lambda name: tried[name])
     predictor = Predictor.fitted(solvers[best].solve(start).loss, tried[best])
     return solvers[best], predictor, blend, tried
-
-
-def _can(solver: Solver, budget: float) -> bool:
-    """Whether there is a plan of a budget."""
-    try:
-        solver.solve(budget)
-    except Unreachable:
-        return False
-    return True
 
 
 def _compare(

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dittools.searching.candidates import Candidate
-from dittools.searching.comparing import BLENDS, FLAT_BLENDS, JOINT_BLENDS
+from dittools.searching.comparing import FLAT_BLENDS
 from dittools.searching.probe import BRANCHES, CHUNK
 from dittools.searching.request import Request
 from dittools.searching.run import LOOKERS, looks_first, prepare
@@ -67,8 +67,7 @@ def estimate_from(request: Request, facts: Facts, candidates: list[Candidate]) -
     layers = sampled_layers(
         facts.model.layers, budget.sensitivity, request.constraints.dense_layers
     )
-    plans = len(BLENDS) + len(FLAT_BLENDS)
-    plans += len(JOINT_BLENDS) * any(c.together for c in candidates)
+    plans = 1 + any(c.together for c in candidates) + len(FLAT_BLENDS)
     singles = min(budget.points, len(candidates) - 1)
     generations = {
         "dense": calibration + held_out,

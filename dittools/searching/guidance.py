@@ -23,14 +23,14 @@ from dittools.patches import attach, detach
 from dittools.patches.attach import find_targets, model_facts
 from dittools.patches.guide import all_heads, check_pipeline, selected_heads
 from dittools.pipelines.generate import Settings, call_arguments, generate
-from dittools.pipelines.output import write_text
+from dittools.pipelines.output import disk_errors, write_text
 from dittools.pipelines.ranks import is_main
 from dittools.plans import Plan
 from dittools.searching.profile import HeadProfile, guidance_page, profiles
 from dittools.searching.request import settings_for
 from dittools.searching.run import versions, work_folder
 from dittools.searching.scout import named_backend
-from dittools.searching.store import Report, Result, Store, Unit, fingerprint
+from dittools.searching.store import ROOM, Report, Result, Store, Unit, fingerprint
 
 Generate = Callable[[tuple[str, ...], Settings], float]  # heads perturbed, generation -> score
 
@@ -368,16 +368,10 @@ def write_guidance(
         "report": out.parent / "guidance.html",
     }
     details = {**found.details, "profile": [asdict(one) for one in found_profiles]}
-    try:
+    with disk_errors(f"cannot write the results to {out.parent}", ROOM):
         write_text(files["guidance"], json.dumps(details, indent=1) + "\n")
         write_text(files["report"], guidance_page(found.details, found_profiles, remark))
         found.plan.save(out)  # last: a plan file means that the rest is there
-    except OSError as error:
-        raise InputError(
-            f"cannot write the results to {out.parent}",
-            got=error.strerror or str(error),
-            remedy="the same command with room on the disk: finished work is kept",
-        ) from error
     found.files.update(files)
     return files
 

@@ -10,8 +10,8 @@ import torch
 
 from dittools.errors import InputError
 from dittools.patches.attach import find_targets
+from dittools.pipelines.output import disk_errors
 from dittools.plans import Plan
-from dittools.searching.allocate import Unreachable
 from dittools.searching.candidates import Candidate, candidates_for, is_chooser, phrase, without
 from dittools.searching.comparing import best_blend
 from dittools.searching.cost import CostTable, flops_table, measure_costs
@@ -63,12 +63,8 @@ def work_folder(pipe: Any, parent: Path | None, backend: str) -> Path | None:
     parts += [weights_digest(m) for m in others.values() if isinstance(m, torch.nn.Module)]
     mark = fingerprint(versions(), kinds, parts, dict(getattr(scheduler, "config", {})), backend)
     folder = parent / mark
-    try:
+    with disk_errors(f"cannot write to {parent}", "another folder"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {parent}", got=error.strerror or str(error), remedy="another folder"
-        ) from error
     return folder
 
 
@@ -264,30 +260,25 @@ def _start(solver: Solver, request: Request) -> float:
         InputError: no plan within the constraints is that sparse or that fast.
     """
     if request.target == "psnr":
-        start = _REFERENCE_DENSITY
-        try:
-            solver.solve(start)
-        except Unreachable as error:
-            return min(error.least * 1.02, 1.0)
-        return start
+        least = solver.reachable(_REFERENCE_DENSITY)
+        return min(least * 1.02, 1.0) if least > _REFERENCE_DENSITY else least
     share = solver.costs.attention_share
     if request.target == "density":
         start, words = request.value, "a density of at least {:.3f}"
     else:
         start = 1 - (1 - 1 / request.value) / share if share > 0 else -1.0
         words = "a speed-up of at most {:.2f}"
-    try:
-        solver.solve(max(start, 0.0))
-    except Unreachable as error:
-        least = error.least
+    start = max(start, 0.0)
+    least = solver.reachable(start)
+    if least > start:
         reach = least if request.target == "density" else 1 / (1 - share * (1 - least))
         raise InputError(
             f"the target {request.target} is out of reach",
             expected=words.format(reach) + " with these methods and constraints",
             got=f"{request.value:g}",
             remedy="more methods, fewer pinned layers or heads, or a looser target",
-        ) from error
-    return max(start, 0.0)
+        )
+    return start
 
 
 def _verify(

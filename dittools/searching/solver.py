@@ -158,6 +158,14 @@ class Solver:
             problem.total_loss(choice),
         )
 
+    def reachable(self, budget: float) -> float:
+        """Return the budget, or what the cheapest plan costs where that is more."""
+        try:
+            self.solve(budget)
+        except Unreachable as error:
+            return error.least
+        return budget
+
     def frontier(self, budgets: Sequence[float]) -> list[Solution]:
         """Return the solutions of the budgets that can be met."""
         found = []

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from dittools.errors import InputError
-from dittools.pipelines.output import atomic
+from dittools.pipelines.output import atomic, disk_errors
 from dittools.pipelines.ranks import place
 from dittools.reading import read_tensors, read_text
 
 MOST_PROMPT_BYTES = 8_000_000
+ROOM = "the same command with room on the disk: finished work is kept"
 Result = dict[str, torch.Tensor]
 Report = Callable[[str, int, int], None]  # (what, units done, units in all)
 
@@ -111,15 +112,12 @@ class Store:
         if path is not None:
             from safetensors.torch import save
 
-            try:
-                with atomic(path) as temporary:
-                    temporary.write_bytes(save(ready, {"sha256": digest_of(ready)}))
-            except OSError as error:
-                raise InputError(
-                    f"cannot keep finished work in {self.folder}",
-                    got=error.strerror or str(error),
-                    remedy="the same command with room on the disk, or another --work folder",
-                ) from error
+            remedy = f"{ROOM}, or in another --work folder"
+            with (
+                disk_errors(f"cannot keep finished work in {self.folder}", remedy),
+                atomic(path) as temporary,
+            ):
+                temporary.write_bytes(save(ready, {"sha256": digest_of(ready)}))
 
     def _exchange(self, units: Sequence[Unit]) -> None:
         """Give every process the results of the others, as bytes of safetensors."""
@@ -151,14 +149,8 @@ def digest_of(result: Result) -> str:
 
 
 def _remove(path: Path) -> None:
-    try:
+    with disk_errors(f"cannot remove the damaged {path}", "another --work folder"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot remove the damaged {path}",
-            got=error.strerror or str(error),
-            remedy="another --work folder",
-        ) from error
 
 
 def fingerprint(*parts: Any) -> str:

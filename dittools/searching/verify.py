@@ -172,12 +172,9 @@ class Verifier:
         return None if any(abs(budget - t.budget) < 1e-3 for t in self.trials) else budget
 
     def _solvable(self, budget: float) -> float:
-        """Return the budget, or the least there is a plan for."""
-        try:
-            self.solver.solve(budget)
-        except Unreachable as error:
-            return error.least * 1.0001
-        return budget
+        """Return the budget, or just above the least there is a plan for."""
+        least = self.solver.reachable(budget)
+        return least * 1.0001 if least > budget else budget
 
     def at_least(self, target_db: float) -> Verdict:
         """Find the cheapest plan whose held-out PSNR is at least the target, within half a dB.
